@@ -1,0 +1,911 @@
+"""data.py: files to tensors and tensors to files.
+
+Read from top to bottom: safe writing, one picture and its trimap, the pets' folder, the download,
+the toy pets, the cache (every picture decoded once), augmentation and batches, and at the end the
+pictures that the program draws. This is the only file that knows Pillow.
+
+A label is a byte: 0 background, 1 pet, 2 to 254 the numbered regions of the pet's border, 255
+unknown. `targets` turns labels into what is learned.
+"""
+import hashlib
+import http.client
+import json
+import math
+import os
+import shutil
+import tarfile
+import tempfile
+import time
+import urllib.error
+import urllib.request
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, ImageOps
+
+
+class Problem(Exception):
+    """Something that the user can mend: one line with what is wrong, where, and what to do."""
+
+
+class Unreadable(Problem):
+    """A picture that is missing or damaged; the caller decides whether to go on without it."""
+
+
+def generator(*key):
+    """A random generator that is a function of `key` alone, say ("shuffle", seed, epoch). What was
+    drawn before plays no part, so a resumed run draws what the undisturbed one would have."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+@contextmanager
+def whole_file(path, sync=False):
+    """Opens a file that appears under its name only when it is whole; `sync` also waits until it
+    would survive a power cut. A kill or a full disk leaves what stood there before."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{os.getpid()}-{os.urandom(4).hex()}.part"
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    if sync and os.name == "posix":  # the folder's own entry; Windows has no such call
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+@contextmanager
+def whole_folder(path):
+    """The same for a folder: filled under another name beside `path`, renamed when complete."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as temporary:
+        filled = Path(temporary) / "filled"
+        filled.mkdir()
+        yield filled
+        if path.exists():
+            os.replace(path, Path(temporary) / "replaced")
+        os.replace(filled, path)
+
+
+# ----------------------------------------------------------------------- one picture, one trimap
+
+# what Pillow raises at files that are cut off, damaged, or no pictures at all
+BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+ORIENTATION = 0x0112  # EXIF's tag; from 5 on, width and height change places
+TRIMAP = np.full(256, 255, dtype=np.uint8)  # what a trimap's value means as a label
+TRIMAP[[1, 2, 3]] = 1, 0, 2
+
+
+def read_image(path, size=None, mask_size=None):
+    """Any picture that Pillow reads as an RGB image, upright, scaled to `size` (width, height).
+
+    A JPEG much larger than `size` is decoded at ½, ¼ or ⅛ of its side, which its format makes
+    cheap, but never below twice `size`: the last halving is left to the better filter.
+    """
+    try:
+        with Image.open(path) as image:
+            stored = image.size
+            shown = stored[::-1] if image.getexif().get(ORIENTATION, 1) >= 5 else stored
+            if mask_size not in (None, stored, shown):
+                raise Problem("{} is {}×{} pixels large, its mask {}×{}; they must be of one size"
+                              .format(path, *shown, *mask_size))
+            if size:
+                image.draft("RGB", (2 * max(size), 2 * max(size)))
+            if image.mode.startswith(("I", "F")):  # 16 bits or more: to the range of a byte
+                values = np.asarray(image, dtype=np.float32)
+                top = 65535 if image.mode.startswith("I;16") else max(values.max(), 1)
+                image = Image.fromarray((values.clip(0, top) * (255 / top)).astype(np.uint8))
+            if mask_size in (None, shown):  # a mask drawn on the stored picture wants it unturned
+                image = ImageOps.exif_transpose(image)
+            if "A" in image.mode or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB")
+            return image.resize(size, Image.Resampling.BILINEAR) if size else image
+    except BROKEN as error:
+        raise Unreadable(f"{path}: {error}") from error
+
+
+def read_trimap(path):
+    """A trimap of the pets as labels at its own size: 0 background, 1 pet, 2 border."""
+    try:
+        with Image.open(path) as image:
+            values = np.asarray(image)
+    except BROKEN as error:
+        raise Unreadable(f"{path}: {error}") from error
+    if values.ndim != 2:
+        raise Problem(f"the trimap {path} is in colour; expected one number a pixel: "
+                      "1 = pet, 2 = background, 3 = border")
+    labels = TRIMAP[values.clip(0, 255).astype(np.uint8)]
+    if (labels == 255).any():
+        found = ", ".join(map(str, np.unique(values)[:9]))
+        raise Problem(f"the trimap {path} holds the values {found}; "
+                      "expected 1 = pet, 2 = background, 3 = border")
+    return labels
+
+
+def read_pair(sample, size):
+    """One photo and its labels as arrays of bytes, (H, W, 3) and (H, W); `size` is (H, W)."""
+    labels = read_trimap(sample.mask)
+    image = read_image(sample.image, size[::-1], labels.shape[::-1])
+    labels = np.asarray(Image.fromarray(labels).resize(size[::-1], Image.Resampling.NEAREST))
+    return np.asarray(image), np.where(labels == 2, number_regions(labels == 2), labels)
+
+
+def number_regions(mask):
+    """Numbers the connected regions (8 neighbours) of a boolean mask 2, 3, ... 254, 2, ...: the
+    runs of each row, joined with the runs of the row above that they touch (union-find)."""
+    edges = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    rows, starts = np.nonzero(edges == 1)
+    runs = list(zip(rows.tolist(), starts.tolist(), np.nonzero(edges == -1)[1].tolist()))
+    parent = list(range(len(runs)))
+
+    def root(run):
+        while parent[run] != run:
+            parent[run] = run = parent[parent[run]]
+        return run
+
+    first = 0  # the first run above that can still touch this one or a later one
+    for run, (row, start, end) in enumerate(runs):
+        while (runs[first][0], runs[first][2]) < (row - 1, start):
+            first += 1
+        above = first
+        while runs[above][0] == row - 1 and runs[above][1] <= end:
+            parent[root(above)] = root(run)
+            above += 1
+    numbers, regions = {}, np.zeros(mask.shape, dtype=np.uint8)
+    for run, (row, start, end) in enumerate(runs):
+        number = numbers.setdefault(root(run), len(numbers))
+        regions[row, start:end] = 2 + number % 253
+    return regions
+
+
+# ------------------------------------------------------------------------------ the pets' folder
+
+PETS, TOYS = "oxford-iiit-pet", "toy-pets"
+
+
+class Sample(NamedTuple):
+    """One labelled photo: its name and where its files are."""
+    name: str
+    image: Path
+    mask: Path
+
+
+def list_samples(folder, split):
+    """The samples of "train", "valid" or "test" in a folder laid out like the Oxford-IIIT Pets.
+
+    Every tenth line of trainval.txt, the first included, is valid, the others are train: nothing
+    is shuffled, so the split is that of everyone who does the same.
+    """
+    folder = Path(folder)
+    listing = folder / "annotations" / ("test.txt" if split == "test" else "trainval.txt")
+    if not folder.is_dir():
+        raise Problem(f"there is no folder {folder}; name one with --data")
+    if not listing.is_file() and split == "test":
+        raise Problem(f"{folder} has no test split (no annotations/test.txt); try --split valid")
+    if not listing.is_file():
+        raise Problem(f"{folder} does not look like the pets: there is no {listing}; expected "
+                      "images/NAME.jpg, annotations/trimaps/NAME.png, annotations/trainval.txt")
+    lines = listing.read_text(encoding="utf-8", errors="replace").splitlines()
+    names = [line.split()[0] for line in lines if line.strip() and not line.startswith("#")]
+    if split != "test":
+        names = [name for i, name in enumerate(names) if (i % 10 == 0) == (split == "valid")]
+    if not names:
+        raise Problem(f"the {split} split of {folder} is empty; {listing} names too few pictures")
+    trimaps = folder / "annotations" / "trimaps"
+    return [Sample(name, folder / "images" / f"{name}.jpg", trimaps / f"{name}.png")
+            for name in names]
+
+
+def splits(folder):
+    """The splits that a folder has."""
+    has_test = (Path(folder) / "annotations" / "test.txt").is_file()
+    return ("train", "valid", "test") if has_test else ("train", "valid")
+
+
+def find_pictures(paths):
+    """All pictures among files and folders, sorted within each; a folder's are those whose name
+    ends like a picture's, a file named is taken as it is."""
+    endings, found = set(Image.registered_extensions()), []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in endings and p.is_file())
+            if not inside:
+                raise Problem(f"there are no pictures in the folder {path}")
+            found += inside
+        elif path.exists():
+            found.append(path)
+        else:
+            raise Problem(f"there is no file or folder {path}")
+    return found
+
+
+def find_truth(image):
+    """The trimap of a photo that lies in a pets' folder, or None."""
+    path = Path(image).absolute().parent.parent / "annotations" / "trimaps" / f"{image.stem}.png"
+    return path if path.is_file() else None
+
+
+def check(folder, progress):
+    """Reads every picture of every split; returns {split: (number, [what is wrong, ...])}."""
+    result = {}
+    for split in splits(folder):
+        samples, faults = list_samples(folder, split), []
+        for done, pair in enumerate(decoded(samples, (32, 32)), start=1):
+            if isinstance(pair, Exception):
+                faults.append(str(pair))
+            progress(done, len(samples))
+        result[split] = len(samples), faults
+    return result
+
+
+# ---------------------------------------------------------------------------------- the download
+
+PETS_URL = "https://www.robots.ox.ac.uk/~vgg/data/pets/data/"
+ARCHIVES = {
+    "images.tar.gz": "5c4f3ee8e5d25df40f4fd59a7f44e54c",
+    "annotations.tar.gz": "95a8c909bbe2e81eed6a22bccdf3f68f",
+}
+
+
+def reachable(url):
+    """Whether a server answers there at all, whatever it says."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5).close()
+    except urllib.error.HTTPError:
+        return True
+    except (OSError, http.client.HTTPException):
+        return False
+    return True
+
+
+class DownloadFailed(Problem):
+    """The network or the server is at fault; "auto" then takes the toy pets instead."""
+
+
+def get_pets(root, url, progress, archives=ARCHIVES, pauses=(1, 2, 4, 8, 16)):
+    """Downloads and unpacks what of the pets is not there yet; returns their folder."""
+    folder = Path(root) / PETS
+    for archive, md5 in archives.items():
+        if not (folder / archive.split(".")[0]).is_dir():
+            path = folder / archive
+            fetch(url.rstrip("/") + "/" + archive, path, md5, progress, pauses)
+            unpack(path, folder)
+            path.unlink()
+    return folder
+
+
+def fetch(url, path, md5, progress, pauses):
+    """Downloads to `path`.part, goes on where a break left it, checks the sum, then renames."""
+    part = path.with_name(path.name + ".part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    failures = 0
+    while not path.exists():
+        before = part.stat().st_size if part.exists() else 0
+        try:
+            append(url, part, progress)
+            if md5 != file_md5(part):
+                part.unlink()
+                raise DownloadFailed(f"{url} arrived with the wrong checksum and was deleted; "
+                                     "try again, or another mirror with --url")
+            os.replace(part, path)
+        except (OSError, http.client.HTTPException) as error:
+            came = part.exists() and part.stat().st_size > before
+            failures = 1 if came else failures + 1
+            refused = isinstance(error, urllib.error.HTTPError) and error.code < 500
+            if refused or failures > len(pauses):
+                raise DownloadFailed(f"cannot download {url}: {error}; check the network, or name "
+                                     "a mirror with --url") from error
+            time.sleep(pauses[failures - 1])
+
+
+def append(url, part, progress):
+    """One request: asks for what `part` lacks and appends it. A break shows as an OSError."""
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        response = urllib.request.urlopen(request, timeout=30)
+    except urllib.error.HTTPError as error:
+        if error.code == 416 and have:  # nothing is left to send
+            return
+        raise
+    with response, open(part, "ab") as file:
+        if response.status != 206:  # the server does not know ranges: from the start
+            have = 0
+            file.truncate(0)
+        total = have + int(response.headers.get("Content-Length", 0))
+        while chunk := response.read(1 << 18):
+            file.write(chunk)
+            have += len(chunk)
+            progress(have, max(total, have))
+    if have < total:
+        raise ConnectionError(f"the connection broke after {have} of {total} bytes")
+
+
+def file_md5(path):
+    """The MD5 of a file of any size."""
+    md5 = hashlib.md5(usedforsecurity=False)
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            md5.update(chunk)
+    return md5.hexdigest()
+
+
+def unpack(archive, folder):
+    """Unpacks ARCHIVE.tar.gz, whose members all lie in ARCHIVE/, to folder/ARCHIVE, which appears
+    when it is whole. Only plain files and folders inside ARCHIVE/ are accepted."""
+    name = archive.name.split(".")[0]
+    with whole_folder(folder / name) as filled:
+        try:
+            with tarfile.open(archive) as tar:
+                for member in tar:
+                    parts = Path(member.name).parts
+                    if parts[:1] != (name,) or ".." in parts or not (member.isfile() or member.isdir()):
+                        raise Problem(f"{archive} is refused: its member {member.name!r} would not "
+                                      f"be a plain file in {name}/; get it from another place")
+                    target = filled.joinpath(*parts[1:])
+                    (target if member.isdir() else target.parent).mkdir(parents=True, exist_ok=True)
+                    if member.isfile():
+                        with tar.extractfile(member) as source, open(target, "wb") as file:
+                            shutil.copyfileobj(source, file)
+        except (tarfile.TarError, EOFError, zlib.error) as error:
+            raise Problem(f"{archive} cannot be unpacked: {error}; delete it, try again") from error
+
+
+# ---------------------------------------------------------------------------------- the toy pets
+# Cats and dogs drawn from a seed: enough to try everything without a download. Coordinates are in
+# pet lengths, y downwards; a figure is a list of (polygon, shade), drawn in that order.
+
+COATS = {"Tabby": "stripes", "Calico": "patches", "Smoke": "plain",     # cats in capitals,
+         "pointer": "spots", "collie": "patches", "terrier": "plain"}   # as in the pets' dataset
+COLOURS = np.array([
+    (30, 27, 25), (240, 234, 224), (130, 127, 124), (205, 128, 55), (98, 64, 40), (226, 200, 160),
+    (160, 112, 74), (72, 76, 86), (96, 128, 70), (76, 112, 150), (150, 76, 76), (190, 178, 120),
+])  # a coat is of the first eight; the world around it is of all, so colour alone tells little
+
+
+def blob(x, y, rx, ry, tilt=0.0):
+    """An ellipse as a polygon."""
+    angle = np.linspace(0, 2 * math.pi, 28, endpoint=False)
+    across, down = rx * np.cos(angle), ry * np.sin(angle)
+    cos, sin = math.cos(tilt), math.sin(tilt)
+    return np.stack((x + cos * across - sin * down, y + sin * across + cos * down), axis=1)
+
+
+def limb(x0, y0, x1, y1, thick, bend=0.0):
+    """A leg or tail as a polygon: a bow from one point to another, a little thinner at its end."""
+    t = np.linspace(0, 1, 14)[:, None]
+    start, end = np.array([[x0, y0]]), np.array([[x1, y1]])
+    normal = np.array([[y0 - y1, x1 - x0]]) / math.hypot(x1 - x0, y1 - y0)
+    line = start + (end - start) * t + normal * bend * np.sin(math.pi * t)
+    side = normal * thick / 2 * (1.1 - 0.4 * t) * np.minimum(1, 0.4 + 6 * (1 - t))
+    return np.concatenate((line + side, (line - side)[::-1]))
+
+
+def draw_head(rng, x, y, r, cat):
+    """The head's parts, ears first, and the dark features of its face."""
+    parts, droop = [], rng.random() < 0.6
+    for side in (-1, 1):
+        if cat or not droop:
+            tip = (x + side * r * rng.uniform(0.7, 0.95), y - r * rng.uniform(1.35, 1.65))
+            parts.append((np.array([(x + side * r * 0.95, y - r * 0.2), tip,
+                                    (x + side * r * 0.15, y - r * 0.8)]), 105))
+        else:
+            parts.append((blob(x + side * r * 0.95, y + r * 0.1, r * 0.3, r * 0.75, side * -0.3), 95))
+    parts.append((blob(x, y, r, r * 0.9), 135))
+    turn = rng.uniform(-0.25, 0.25) * r
+    parts.append((blob(x + turn, y + r * 0.4, r * (0.4 if cat else 0.55), r * 0.4), 152))
+    eyes = [blob(x + turn + side * r * 0.4, y - r * 0.1, r * 0.11, r * 0.14) for side in (-1, 1)]
+    return parts, [*eyes, blob(x + turn, y + r * 0.25, r * 0.13, r * 0.09)]
+
+
+def draw_figure(rng, cat):
+    """A pet that stands, sits, lies, or looks into the camera from close by."""
+    pose = rng.choice(["stand", "sit", "lie", "close"], p=[0.35, 0.25, 0.2, 0.2])
+    tail, bend = (0.07, rng.uniform(-0.3, 0.3)) if cat else (0.11, rng.uniform(-0.1, 0.2))
+    swing = rng.uniform(-0.1, 0.1, 4)
+    if pose == "stand":
+        head, face = draw_head(rng, 0.55, rng.uniform(-0.42, -0.2), rng.uniform(0.19, 0.25), cat)
+        legs = [(limb(x, 0.05, x + dx, 0.58, 0.13), shade)
+                for x, dx, shade in zip((-0.4, 0.3, -0.3, 0.4), swing, (90, 90, 120, 120))]
+        body = [(limb(-0.45, -0.05, -0.85, rng.uniform(-0.6, 0.2), tail, bend), 110), *legs[:2],
+                (blob(0, 0, 0.55, rng.uniform(0.19, 0.27)), 125),
+                (limb(0.3, 0.05, 0.6, -0.25, 0.3), 128), *legs[2:]]
+    elif pose == "sit":
+        head, face = draw_head(rng, 0.08, -0.5, rng.uniform(0.24, 0.3), cat)
+        body = [(limb(-0.2, 0.45, -0.75, rng.uniform(0, 0.5), tail, bend), 110),
+                (blob(0, 0.12, 0.3, 0.5), 122), (blob(-0.15, 0.38, 0.26, 0.22), 114),
+                (limb(0.05, 0, 0.02, 0.62, 0.13), 130), (limb(0.2, 0, 0.22, 0.62, 0.13), 138)]
+    elif pose == "lie":
+        head, face = draw_head(rng, 0.55, rng.uniform(-0.15, 0.1), rng.uniform(0.2, 0.26), cat)
+        body = [(limb(-0.5, 0.1, -0.95, rng.uniform(-0.2, 0.2), tail, bend), 110),
+                (blob(0, 0.08, 0.6, 0.24, swing[0]), 124), (limb(0.3, 0.25, 0.8, 0.3, 0.12), 132)]
+    else:
+        head, face = draw_head(rng, 0, -0.1, rng.uniform(0.42, 0.5), cat)
+        body = [(blob(0, 0.75, 0.55, 0.6), 115)]
+    return body + head, face
+
+
+def noise(rng, width, height, across, down):
+    """Smooth noise in 0..1 whose bumps are about `across` × `down` pixels large."""
+    coarse = rng.random((max(2, round(height / down)), max(2, round(width / across))))
+    scaled = Image.fromarray(coarse.astype(np.float32)).resize((width, height), Image.BICUBIC)
+    return np.asarray(scaled)[..., None].clip(0, 1)
+
+
+def paint(rng, width, height, colours, bumps):
+    """A surface between two of `colours`, mottled by noise of the size `bumps`."""
+    one, two = colours[rng.integers(len(colours), size=2)] + rng.normal(0, 10, (2, 3))
+    mixed = noise(rng, width, height, *bumps)
+    return one.astype(np.float32) + (two - one).astype(np.float32) * mixed
+
+
+def stencil(width, height, shapes):
+    """Draws (polygon, value) shapes at double size and halves it: a float array, smooth edges."""
+    image = Image.new("L", (2 * width, 2 * height))
+    draw = ImageDraw.Draw(image)
+    for polygon, value in shapes:
+        draw.polygon([tuple(point) for point in (2 * polygon).tolist()], fill=int(value))
+    return np.asarray(image.reduce(2), dtype=np.float32)[..., None]
+
+
+def draw_things(rng, picture, number, sizes):
+    """Paints `number` cushions, boxes and planks over the picture; returns where, in 0..1."""
+    height, width = picture.shape[:2]
+    covered = np.zeros((height, width, 1), np.float32)
+    for _ in range(number):
+        x, y = rng.uniform(0, width), rng.uniform(0, height)
+        rx, ry = rng.uniform(*sizes, 2) * min(width, height)
+        shape = blob(x, y, rx, ry, rng.uniform(0, 3))
+        if rng.random() < 0.5:
+            shape = shape[rng.integers(0, 3)::7]  # four of an ellipse's corners: a box
+        alpha = stencil(width, height, [(shape, 255)]) / 255
+        surface = paint(rng, width, height, COLOURS, rng.choice([3, 8, 25], size=2))
+        picture += (surface - picture) * alpha
+        covered = np.maximum(covered, alpha)
+    return covered
+
+
+def draw_toy(rng, breed):
+    """One toy pet: its photo (an RGB image) and its trimap (1 pet, 2 background, 3 border)."""
+    width, height = (int(side) for side in rng.integers(150, 231, 2))
+    picture = paint(rng, width, height, COLOURS, rng.choice([4, 15, 60], size=2))
+    draw_things(rng, picture, rng.integers(3, 8), (0.05, 0.3))
+
+    parts, face = draw_figure(rng, cat=breed[0].isupper())
+    scale, turn = min(width, height) * rng.uniform(0.42, 0.72), rng.normal(0, 0.2)
+    facing = np.array([[rng.choice([-1, 1]), 0], [0, 1]])
+    place = facing @ (scale * np.array([[math.cos(turn), math.sin(turn)],
+                                        [-math.sin(turn), math.cos(turn)]]))
+    centre = np.array([width, height]) * rng.uniform(0.38, 0.62, 2)
+    parts = [(part @ place + centre, shade) for part, shade in parts]
+    alpha = stencil(width, height, [(part, 255) for part, _ in parts]) / 255
+
+    coat = paint(rng, width, height, COLOURS[:8], (30, 30))
+    marks = {"stripes": noise(rng, width, height, 7, 60), "spots": noise(rng, width, height, 11, 11),
+             "patches": noise(rng, width, height, 45, 45), "plain": np.zeros((1, 1, 1))}
+    coat += (paint(rng, width, height, COLOURS[:8], (30, 30)) - coat) * (marks[COATS[breed]] > 0.55)
+    hair = noise(rng, width, height, 2, 7) + noise(rng, width, height, 2, 4) - 1
+    coat = coat * (0.55 + stencil(width, height, parts) / 280) + 38 * hair
+    picture += (coat - picture) * alpha
+    features = [(part @ place + centre, 255) for part in face]
+    picture += (np.array([18, 14, 12]) - picture) * stencil(width, height, features) / 255
+
+    hidden = draw_things(rng, picture, rng.integers(0, 3), (0.04, 0.14))
+    picture *= 0.75 + 0.5 * noise(rng, width, height, width, height)  # uneven light
+    picture += 5 * rng.standard_normal(picture.shape, dtype=np.float32)
+    mask = Image.fromarray((255 * alpha * (1 - hidden))[..., 0].astype(np.uint8))
+    near = np.asarray(mask.point(lambda value: 255 * (value > 127)).filter(ImageFilter.BoxBlur(2)))
+    trimap = np.where(near > 240, 1, np.where(near < 15, 2, 3)).astype(np.uint8)
+    return Image.fromarray(picture.clip(0, 255).astype(np.uint8)), Image.fromarray(trimap)
+
+
+def make_toys(root, progress, seed=0, trainval=400, test=100):
+    """Draws the toy pets in exactly the pets' layout; returns their folder."""
+    folder = Path(root) / TOYS
+    with whole_folder(folder) as filled:
+        (filled / "images").mkdir()
+        (filled / "annotations" / "trimaps").mkdir(parents=True)
+
+        def draw(i):
+            breed = list(COATS)[i % len(COATS)]
+            name = f"{breed}_{i // len(COATS) + 1}"
+            image, trimap = draw_toy(np.random.default_rng((seed, i)), breed)
+            image.save(filled / "images" / f"{name}.jpg", quality=90)
+            trimap.save(filled / "annotations" / "trimaps" / f"{name}.png")
+            return f"{name} {i % len(COATS) + 1} {1 if breed[0].isupper() else 2} 1\n"
+
+        lines = []
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for line in pool.map(draw, range(trainval + test)):
+                lines.append(line)
+                progress(len(lines), trainval + test)
+        head = "# name class species(1 cat, 2 dog) breed\n"
+        (filled / "annotations" / "trainval.txt").write_text(head + "".join(lines[:trainval]))
+        (filled / "annotations" / "test.txt").write_text(head + "".join(lines[trainval:]))
+    return folder
+
+
+# ------------------------------------------------------------------------------------- the cache
+
+
+class Split(NamedTuple):
+    """A decoded split, memory-mapped: nothing is read from disk before it is asked for."""
+    names: list
+    images: np.ndarray   # (N, H, W, 3) bytes
+    labels: np.ndarray   # (N, H, W) bytes
+    skipped: list        # what could not be read and is left out, a line each
+
+
+def decoded(samples, size):
+    """Yields (image, labels), or the Unreadable or Problem met instead, of each sample in turn.
+
+    Threads are enough: Pillow lets go of Python's lock while it decodes and scales. Two cores
+    decode and scale 1,145 JPEGs of 500×375 a second with two threads, 599 with one.
+    """
+    def read(sample):
+        try:
+            return read_pair(sample, size)
+        except Problem as fault:
+            return fault
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(samples), 256):  # so that no more than 256 wait to be taken
+            yield from pool.map(read, samples[start:start + 256])
+
+
+def open_split(folder, split, size, cache, progress):
+    """A split of a pets' folder at `size` (H, W), from `cache`, where its first use writes it.
+
+    The cache's name holds the names, sizes and times of all files: a changed folder gets a new one.
+    """
+    samples = list_samples(folder, split)
+    stats = [os.stat(path) if path.exists() else None for s in samples for path in s[1:]]
+    facts = [[s.name for s in samples], [(s.st_size, s.st_mtime_ns) if s else 0 for s in stats]]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    place = Path(cache) / f"{Path(folder).resolve().name}-{split}-{size[0]}x{size[1]}-{key}"
+    if not place.is_dir():
+        build_cache(place, samples, size, progress)
+    about = json.loads((place / "about.json").read_text())
+    images, labels = (np.load(place / f"{part}.npy", mmap_mode="r") for part in ("images", "labels"))
+    return Split(about["names"], images, labels, about["skipped"])
+
+
+def build_cache(place, samples, size, progress):
+    """Decodes every sample once into images.npy and labels.npy in the folder `place`."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    need, free = 4 * size[0] * size[1] * len(samples), shutil.disk_usage(place.parent).free
+    if need > free:
+        raise Problem(f"the cache {place} needs {need / 1e6:,.0f} MB, the disk has "
+                      f"{free / 1e6:,.0f} MB; make room, or name another disk with --root")
+    names, skipped = [], []
+    with whole_folder(place) as filled:
+        with open(filled / "images.npy", "wb") as images, open(filled / "labels.npy", "wb") as labels:
+            for final in (False, True):  # .npy begins with the shape, which is known at the end
+                for file, shape in ((images, (*size, 3)), (labels, size)):
+                    file.seek(0)
+                    np.lib.format.write_array_header_1_0(file, {
+                        "descr": "|u1", "fortran_order": False, "shape": (len(names), *shape)})
+                for sample, pair in zip(samples, () if final else decoded(samples, size)):
+                    if isinstance(pair, Unreadable):
+                        skipped.append(str(pair))
+                        continue
+                    if isinstance(pair, Problem):
+                        raise pair
+                    images.write(pair[0].tobytes())
+                    labels.write(pair[1].tobytes())
+                    names.append(sample.name)
+                    progress(len(names) + len(skipped), len(samples))
+        if not names:
+            raise Problem(f"none of the {len(samples)} pictures can be read; the first: {skipped[0]}")
+        (filled / "about.json").write_text(json.dumps({"names": names, "skipped": skipped}))
+
+
+# ---------------------------------------------------------------------- batches and augmentation
+
+MEAN, STD = (0.48, 0.45, 0.40), (0.27, 0.27, 0.28)  # of the pets' train part, in 0..1
+
+
+def load(split, index, device="cpu"):
+    """The pictures `index` of a split: images (B, 3, H, W) in 0..1 and labels (B, H, W) in bytes.
+
+    No worker processes: taking a batch of 16 from the memory map is XXX of a training step.
+    """
+    images = torch.from_numpy(split.images[index]).to(device)        # (B, H, W, 3)
+    labels = torch.from_numpy(split.labels[index]).to(device)
+    # seen as (B, 3, H, W) without moving a byte: this is what torch calls channels-last
+    return images.permute(0, 3, 1, 2).float() / 255, labels
+
+
+def normalise(images, mean=MEAN, std=STD):
+    """Shifts and scales each colour to about zero mean and unit variance."""
+    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (mean, std))
+    return (images - mean) / std
+
+
+def shuffled(number, repeat, seed, epoch):
+    """The order of an epoch: each of `number` pictures `repeat` times, shuffled."""
+    return torch.randperm(number * repeat, generator=generator("shuffle", seed, epoch)) % number
+
+
+AUGMENT = {
+    "none": {},
+    "flip": {"flip": 0.5},
+    "full": {"flip": 0.5, "rotate": 20, "zoom": 1.4, "shift": 0.1,
+             "brightness": 0.3, "contrast": 0.3, "saturation": 1.0},
+}
+
+
+def augment(images, labels, random, share=1.0, flip=0.0, vflip=0.0, rotate=0.0, zoom=1.0, shift=0.0,
+            brightness=0.0, contrast=0.0, saturation=0.0):
+    """Changes a `share` of a batch at random: flip and vflip are probabilities, rotate is in
+    degrees, zoom a factor either way (enlarged, it is a random crop), shift a part of the side,
+    the colours' strengths run from 0 to 1; saturation 1 reaches down to grey.
+
+    Image and labels go through one warp, a single sampling at the end of all movements.
+    """
+    number, _, height, width = images.shape
+    touched = (torch.rand(number, generator=random) < share).float()
+
+    def draw(strength):
+        return (2 * torch.rand(number, generator=random) - 1) * strength * touched
+
+    def mirror(probability):
+        return 1 - 2 * (torch.rand(number, generator=random) < probability).float() * touched
+
+    # the warp: for each pixel of the result, where to look in the picture, in -1..1 (B, 2, 3)
+    angle, scale = draw(math.radians(rotate)), torch.exp(draw(math.log(zoom)))
+    cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
+    across, down = mirror(flip), mirror(vflip)
+    warp = torch.stack((
+        torch.stack((cos * across, -sin * height / width * down, draw(2 * shift)), dim=1),
+        torch.stack((sin * width / height * across, cos * down, draw(2 * shift)), dim=1)), dim=1)
+    grid = F.affine_grid(warp.to(images.device), images.shape, align_corners=False)
+    images = F.grid_sample(images, grid, "bilinear", "reflection", align_corners=False)
+    labels = F.grid_sample(labels.unsqueeze(1).float(), grid, "nearest", "reflection",
+                           align_corners=False)
+
+    light, spread, colour = (1 + draw(strength).to(images.device).view(-1, 1, 1, 1)
+                             for strength in (brightness, contrast, saturation))
+    grey = torch.tensor([0.299, 0.587, 0.114], device=images.device).view(1, 3, 1, 1)
+    images = images * light
+    average = images.mean(dim=(1, 2, 3), keepdim=True)
+    images = average + (images - average) * spread
+    grey = (images * grey).sum(dim=1, keepdim=True)
+    return (grey + (images - grey) * colour).clamp(0, 1), labels.squeeze(1).to(torch.uint8)
+
+
+def targets(labels, border="foreground", random=None):
+    """Labels to what is learned: 0 background, 1 pet, 255 not counted. The border is taken as
+    "foreground", "background" or "ignore", or each of its regions as one of the first two with
+    probability ½ ("random")."""
+    number = len(labels)
+    meaning = torch.arange(256).repeat(number, 1)                    # (B, 256): a table an image
+    if border == "random":
+        meaning[:, 2:255] = torch.randint(2, (number, 253), generator=random)
+    else:
+        meaning[:, 2:255] = {"foreground": 1, "background": 0, "ignore": 255}[border]
+    meaning = meaning.to(labels.device, torch.uint8)
+    return meaning.gather(1, labels.flatten(1).long()).view_as(labels)
+
+
+# ----------------------------------------------------------------------------- pictures: results
+
+PET = np.array((230, 97, 1))  # orange, which is told from the photo by every kind of eye
+
+
+def save_picture(image, path):
+    """Writes a picture whole or not at all, in the format of its name's ending."""
+    with whole_file(path) as file:
+        image.save(file, {".png": "PNG", ".jpg": "JPEG"}[Path(path).suffix])
+
+
+def picture(array):
+    """An array of bytes as a picture."""
+    return Image.fromarray(np.asarray(array))
+
+
+def pixels(photo, size):
+    """A photo scaled to `size` (H, W) as a batch of one, (1, 3, H, W) in 0..1."""
+    array = np.asarray(photo.resize(size[::-1], Image.Resampling.BILINEAR))
+    return torch.from_numpy(array.copy())[None].permute(0, 3, 1, 2).float() / 255
+
+
+def shrink(labels, size):
+    """Labels at another size (H, W), each pixel that of the nearest place."""
+    scaled = Image.fromarray(labels).resize(size[::-1], Image.Resampling.NEAREST)
+    return np.asarray(scaled)
+
+
+def bounding_box(mask):
+    """left, top, right, bottom of the pixels that are set, the last two exclusive; None if none."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not len(rows):
+        return None, None, None, None
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def enlarge(probability, size):
+    """A (h, w) array of probabilities at a photo's own `size` (width, height)."""
+    return np.asarray(Image.fromarray(probability).resize(size, Image.Resampling.BILINEAR))
+
+
+def mask_picture(mask):
+    """A boolean mask as a picture: white where the pet is."""
+    return Image.fromarray(mask.astype(np.uint8) * 255)
+
+
+def overlay(photo, mask):
+    """The photo with the pet tinted and its contour drawn, dark beside light on any ground."""
+    width = max(photo.size) / 300
+    soft = mask_picture(mask).filter(ImageFilter.BoxBlur(max(1, width)))
+    near = np.abs(np.asarray(soft, dtype=np.float32)[..., None] / 127.5 - 1)  # 0 on the contour
+    tint = np.where(mask[..., None], 0.35, 0).astype(np.float32)
+    pixels = np.asarray(photo, dtype=np.float32)
+    pixels = pixels + (PET - pixels) * tint
+    pixels = np.where(near < 0.95, np.where(mask[..., None], 255, 20), pixels)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def cutout(photo, mask):
+    """The pet alone, everything else transparent."""
+    photo = photo.convert("RGBA")
+    photo.putalpha(mask_picture(mask))
+    return photo
+
+
+def font(size):
+    """The font that comes with Pillow, so that pictures look the same everywhere."""
+    return ImageFont.load_default(size)
+
+
+def panel(photo, truth, mask, caption, side=256):
+    """photo | truth | prediction in a row, each `side` high, with a caption above."""
+    width = max(1, round(side * photo.width / photo.height))
+    tiles = [photo, overlay(photo, truth), overlay(photo, mask)]
+    row = Image.new("RGB", (3 * width + 8, side + 24), "white")
+    ImageDraw.Draw(row).text((2, 4), caption, "black", font(14))
+    for i, tile in enumerate(tiles):
+        row.paste(tile.resize((width, side), Image.Resampling.BICUBIC), (i * (width + 4), 24))
+    return row
+
+
+def gallery(panels, columns=2):
+    """Panels one beside and below another, on white."""
+    wide, high = max(p.width for p in panels), max(p.height for p in panels)
+    rows = math.ceil(len(panels) / columns)
+    sheet = Image.new("RGB", (columns * (wide + 12), rows * (high + 12)), "white")
+    for i, p in enumerate(panels):
+        sheet.paste(p, (i % columns * (wide + 12) + 6, i // columns * (high + 12) + 6))
+    return sheet
+
+
+# ------------------------------------------------------------------------------ pictures: curves
+
+LINES = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233))
+
+
+class Curve(NamedTuple):
+    """One line of a plot."""
+    label: str
+    colour: tuple
+    dashed: bool
+    points: list   # (x, y) pairs
+
+
+def ticks(low, high, most=6):
+    """Round numbers (1, 2 or 5 times a power of ten apart) that cover low..high."""
+    rough = max(high - low, 1e-9) / most
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough * 0.999)
+    return [round(i * step, 10) for i in range(math.floor(low / step + 1e-9),
+                                               math.ceil(high / step - 1e-9) + 1)]
+
+
+def draw_line(draw, points, colour, dashed, width):
+    """A line through `points`; dashed, it is drawn ten pixels on, seven off, along its length."""
+    if len(points) == 1:
+        points = [(points[0][0] - width, points[0][1]), (points[0][0] + width, points[0][1])]
+    if not dashed:
+        draw.line(points, colour, width, joint="curve")
+        return
+    travelled = 0.0
+    for (x0, y0), (x1, y1) in zip(points, points[1:]):
+        length, at = math.hypot(x1 - x0, y1 - y0), 0.0
+        while at < length:
+            phase = (travelled + at) % (17 * width / 2)
+            drawn = phase < 10 * width / 2
+            ahead = (10 if drawn else 17) * width / 2 - phase + 1e-6
+            if drawn:
+                a, b = at / length, min(1, (at + ahead) / length)
+                draw.line([(x0 + (x1 - x0) * a, y0 + (y1 - y0) * a),
+                           (x0 + (x1 - x0) * b, y0 + (y1 - y0) * b)], colour, width)
+            at += ahead
+        travelled += length
+
+
+def draw_plot(draw, box, title, curves, marks):
+    """Axes, grid, legend, curves and marks (x, y, text, colour) inside `box`, at twice the size."""
+    left, top, right, bottom = box
+    small, large = font(24), font(30)
+    draw.text(((left + right) / 2, top), title, "black", large, anchor="mt")
+    x, y = left, top + 62
+    for curve in curves:  # the legend stands above the axes, where nothing can run into it
+        wide = 60 + draw.textlength(curve.label, small)
+        if x > left and x + wide > right:
+            x, y = left, y + 36
+        draw_line(draw, [(x, y), (x + 46, y)], curve.colour, curve.dashed, 5)
+        draw.text((x + 56, y), curve.label, (60, 60, 60), small, anchor="lm")
+        x += wide + 30
+    top = y + 34
+
+    xs, ys = zip(*(point for curve in curves for point in curve.points))
+    x_ticks = [tick for tick in ticks(min(xs), max(xs), 8) if tick == int(tick)]
+    y_ticks = ticks(min(ys), max(ys))
+    x_low, x_high = (min(xs), max(xs)) if max(xs) > min(xs) else (min(xs) - 0.5, max(xs) + 0.5)
+    y_low, y_high = min(y_ticks), max(max(y_ticks), min(y_ticks) + 1e-9)
+
+    def place(x, y):
+        return (left + 16 + (right - left - 32) * (x - x_low) / (x_high - x_low),
+                bottom - (bottom - top) * (y - y_low) / (y_high - y_low))
+
+    for tick in y_ticks:
+        at = place(x_low, tick)[1]
+        draw.line([(left, at), (right, at)], (225, 225, 225), 2)
+        draw.text((left - 12, at), f"{tick:g}", (60, 60, 60), small, anchor="rm")
+    for tick in x_ticks:
+        if x_low <= tick <= x_high:
+            at = place(tick, y_low)[0]
+            draw.line([(at, top), (at, bottom)], (238, 238, 238), 2)
+            draw.line([(at, bottom), (at, bottom + 8)], (60, 60, 60), 2)
+            draw.text((at, bottom + 14), f"{tick:g}", (60, 60, 60), small, anchor="mt")
+    draw.line([(left, top), (left, bottom), (right, bottom)], (60, 60, 60), 3)
+    draw.text(((left + right) / 2, bottom + 50), "epoch", "black", small, anchor="mt")
+    for curve in curves:
+        draw_line(draw, [place(*point) for point in curve.points], curve.colour, curve.dashed, 5)
+    for x, y, text, colour in marks:
+        at, height = place(x, y)
+        draw_line(draw, [(at, height), (at, bottom)], colour, True, 3)
+        draw.ellipse((at - 9, height - 9, at + 9, height + 9), "white", colour, 5)
+        if text:  # at the foot of its line, on the side with more room
+            anchor, shift = ("rb", -12) if at > (left + right) / 2 else ("lb", 12)
+            where = (at + shift, bottom - 12)
+            draw.rectangle(draw.textbbox(where, text, small, anchor=anchor), "white")
+            draw.text(where, text, colour, small, anchor=anchor)
+
+
+def draw_curves(path, runs):
+    """Loss and Dice over the epochs; `runs` is {name: rows of metrics}. One run alone is drawn
+    with its train curves and its best epoch named; several are told apart by colour."""
+    image = Image.new("RGB", (2400, 1080), "white")  # at twice the size, for smooth edges
+    draw = ImageDraw.Draw(image)
+    for measure, title, box in (("loss", "loss", (110, 30, 1150, 960)),
+                                ("dice", "Dice", (1310, 30, 2350, 960))):
+        curves, marks = [], []
+        for i, (name, rows) in enumerate(runs.items()):
+            colours = (LINES[0], LINES[1]) if len(runs) == 1 else (LINES[i % len(LINES)],) * 2
+            for part, colour in zip(("train", "valid"), colours):
+                label = part if len(runs) == 1 else f"{name} {part}"
+                points = [(row["epoch"], row[f"{part}_{measure}"]) for row in rows]
+                curves.append(Curve(label, colour, part == "train", points))
+            best = max(rows, key=lambda row: row["valid_dice"])
+            text = f"best {best['valid_dice']:.4f}, epoch {best['epoch']}"
+            named = measure == "dice" and len(runs) == 1
+            marks.append((best["epoch"], best[f"valid_{measure}"], text if named else "", colours[1]))
+        draw_plot(draw, box, title, curves, marks)
+    save_picture(image.resize((1200, 540), Image.Resampling.LANCZOS), path)

@@ -1,0 +1,242 @@
+"""layers.py: two networks for semantic segmentation and their losses, by hand in plain torch.
+
+Read from top to bottom: the blocks, the two networks (each is an encoder that halves the picture
+and a decoder that doubles it again), the initialisation, the losses.
+
+    UNet           Ronneberger, Fischer, Brox: "U-Net: Convolutional Networks for Biomedical Image
+                   Segmentation", 2015, https://arxiv.org/abs/1505.04597, figure 1
+    ResNet34UNet   He, Zhang, Ren, Sun: "Deep Residual Learning for Image Recognition", 2015,
+                   https://arxiv.org/abs/1512.03385, figure 3 and table 1, as the encoder of a U-Net
+
+Shapes in the comments are (batch, channels, height, width) for an input of (B, 3, H, W), width 64.
+"""
+import math
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+# ---------------------------------------------------------------------------------------- blocks
+
+
+class ConvBNReLU(nn.Sequential):
+    """A convolution that keeps the size (or divides it by `stride`), batch norm, ReLU."""
+
+    def __init__(self, in_channels, out_channels, kernel=3, stride=1):
+        super().__init__(
+            # no bias: the batch norm that follows subtracts the mean and adds its own
+            nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+        )
+
+
+class DoubleConv(nn.Sequential):
+    """Two 3×3 ConvBNReLU in a row, the working part of every level of a U-Net."""
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__(
+            ConvBNReLU(in_channels, out_channels), ConvBNReLU(out_channels, out_channels)
+        )
+
+
+class BasicBlock(nn.Module):
+    """ResNet's basic block: relu(F(x) + x) with F = conv-bn-relu-conv-bn (the paper's figure 2).
+
+    Where stride or channels change the shape, a 1×1 convolution brings x to it (option B).
+    """
+
+    def __init__(self, in_channels, out_channels, stride=1):
+        super().__init__()
+        self.conv1 = ConvBNReLU(in_channels, out_channels, stride=stride)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.shortcut = nn.Identity()
+        if stride != 1 or in_channels != out_channels:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
+                nn.BatchNorm2d(out_channels),
+            )
+
+    def forward(self, x):
+        residual = self.bn2(self.conv2(self.conv1(x)))
+        return F.relu(residual + self.shortcut(x), inplace=True)
+
+
+class UpConcat(nn.Module):
+    """One step of a decoder: double the size, put the encoder's `skip` beside it, DoubleConv.
+
+    `up` is "transpose" (a learned 2×2 convolution backwards) or "bilinear" (no parameters).
+    """
+
+    def __init__(self, in_channels, skip_channels, out_channels, up="transpose"):
+        super().__init__()
+        if up == "transpose":
+            self.enlarge = nn.ConvTranspose2d(in_channels, out_channels, 2, stride=2)
+            in_channels = out_channels
+        else:
+            self.enlarge = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
+        self.convs = DoubleConv(in_channels + skip_channels, out_channels)
+
+    def forward(self, x, skip):
+        x = self.enlarge(x)
+        # where an odd side was halved, rounding up or down, one row or column is over or missing
+        rows, columns = skip.shape[2] - x.shape[2], skip.shape[3] - x.shape[3]
+        if rows or columns:
+            x = F.pad(x, (0, columns, 0, rows))  # a negative number of rows cuts them off
+        return self.convs(torch.cat((skip, x), dim=1))
+
+
+# -------------------------------------------------------------------------------------- networks
+
+
+class EncoderDecoder(nn.Module):
+    """What both networks do: go down the encoder, keep each level's output as the skip for the
+    decoder's step at the same size, go up again, end in one score (logit) per class and pixel."""
+
+    def __init__(self, encoder, decoder, channels, classes, dropout):
+        super().__init__()
+        self.encoder = nn.ModuleList(encoder)
+        self.dropout = nn.Dropout(dropout)
+        self.decoder = nn.ModuleList(decoder)
+        self.head = nn.Conv2d(channels, classes, 1)
+        initialise(self)
+
+    def forward(self, x):
+        # the skip of last resort is the picture without channels, (B, 0, H, W): only its size
+        skips = [x[:, :0]]
+        for stage in self.encoder:
+            x = stage(x)
+            skips.append(x)
+        x = self.dropout(skips.pop())
+        for up in self.decoder:
+            x = up(x, skips.pop())
+        return self.head(x)  # (B, classes, H, W)
+
+
+class UNet(EncoderDecoder):
+    """U-Net with five levels, 64-128-256-512-1024 channels at width 64: 31,037,633 parameters.
+
+    Two changes to the paper (https://arxiv.org/abs/1505.04597): batch norm after each convolution,
+    where it has none, and padding 1, where it crops, so that output and input are of one size.
+    """
+
+    def __init__(self, in_channels=3, classes=1, width=64, up="transpose", dropout=0.0):
+        c1, c2, c3, c4, c5 = (width * 2**level for level in range(5))
+        encoder = [
+            DoubleConv(in_channels, c1),                             # (B,   64, H,    W)
+            nn.Sequential(nn.MaxPool2d(2), DoubleConv(c1, c2)),      # (B,  128, H/2,  W/2)
+            nn.Sequential(nn.MaxPool2d(2), DoubleConv(c2, c3)),      # (B,  256, H/4,  W/4)
+            nn.Sequential(nn.MaxPool2d(2), DoubleConv(c3, c4)),      # (B,  512, H/8,  W/8)
+            nn.Sequential(nn.MaxPool2d(2), DoubleConv(c4, c5)),      # (B, 1024, H/16, W/16)
+        ]
+        decoder = [
+            UpConcat(c5, c4, c4, up),                                # (B,  512, H/8,  W/8)
+            UpConcat(c4, c3, c3, up),                                # (B,  256, H/4,  W/4)
+            UpConcat(c3, c2, c2, up),                                # (B,  128, H/2,  W/2)
+            UpConcat(c2, c1, c1, up),                                # (B,   64, H,    W)
+        ]
+        super().__init__(encoder, decoder, c1, classes, dropout)
+
+
+def residual_stage(in_channels, out_channels, blocks, stride):
+    """`blocks` BasicBlocks in a row, the first of which changes size and channels."""
+    first = BasicBlock(in_channels, out_channels, stride)
+    return [first] + [BasicBlock(out_channels, out_channels) for _ in range(blocks - 1)]
+
+
+class ResNet34UNet(EncoderDecoder):
+    """The convolutions of ResNet-34 (21,284,672 parameters at width 64) under a U-Net's decoder.
+
+    The encoder is the paper's (https://arxiv.org/abs/1512.03385) to the last detail, less its
+    average pool and classifier; the decoder's last doubling has no skip, for none is that large.
+    """
+
+    def __init__(self, in_channels=3, classes=1, width=64, up="transpose", dropout=0.0):
+        c1, c2, c3, c4 = (width * 2**level for level in range(4))
+        pool = nn.MaxPool2d(3, stride=2, padding=1)
+        encoder = [
+            ConvBNReLU(in_channels, c1, kernel=7, stride=2),         # (B,  64, H/2,  W/2)
+            nn.Sequential(pool, *residual_stage(c1, c1, 3, 1)),      # (B,  64, H/4,  W/4)
+            nn.Sequential(*residual_stage(c1, c2, 4, 2)),            # (B, 128, H/8,  W/8)
+            nn.Sequential(*residual_stage(c2, c3, 6, 2)),            # (B, 256, H/16, W/16)
+            nn.Sequential(*residual_stage(c3, c4, 3, 2)),            # (B, 512, H/32, W/32)
+        ]
+        half = max(1, c1 // 2)
+        decoder = [
+            UpConcat(c4, c3, c3, up),                                # (B, 256, H/16, W/16)
+            UpConcat(c3, c2, c2, up),                                # (B, 128, H/8,  W/8)
+            UpConcat(c2, c1, c1, up),                                # (B,  64, H/4,  W/4)
+            UpConcat(c1, c1, c1, up),                                # (B,  64, H/2,  W/2)
+            UpConcat(c1, 0, half, up),                               # (B,  32, H,    W)
+        ]
+        super().__init__(encoder, decoder, half, classes, dropout)
+
+
+def initialise(network):
+    """He's initialisation (https://arxiv.org/abs/1502.01852): weights of variance 2 / (number of
+    inputs to one output) keep the signal's size through any number of ReLU layers. The last batch
+    norm of a residual block starts at zero, so that each block starts as the identity
+    (https://arxiv.org/abs/1706.02677, section 5.1)."""
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            inputs = module.in_channels * math.prod(module.kernel_size)
+            if isinstance(module, nn.ConvTranspose2d):
+                inputs //= math.prod(module.stride)  # 2×2 with stride 2: one tap for each output
+            nn.init.normal_(module.weight, std=math.sqrt(2 / inputs))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, BasicBlock):
+            nn.init.zeros_(module.bn2.weight)
+
+
+MODELS = {"unet": UNet, "resnet34_unet": ResNet34UNet}
+
+# ---------------------------------------------------------------------------------------- losses
+# logits (B, C, H, W) of any size; target (B, H, W) holds class numbers, and `ignore` where a pixel
+# is not to count. C = 1 means two classes by one logit: the sigmoid of z is the probability of 1.
+
+
+def probabilities(logits):
+    """(B, C, H, W) logits to probabilities: sigmoid for one class, softmax for several."""
+    return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(dim=1)
+
+
+def bce_loss(logits, target, ignore=255):
+    """Mean of −log p(right class) over the pixels that count: (binary) cross-entropy.
+
+    One class: −y log σ(z) − (1 − y) log(1 − σ(z)) = log(1 + exp((1 − 2y) z)), y in {0, 1}.
+    Several:   log Σ_c exp(z_c) − z_y. Neither form overflows, however large a logit is.
+    """
+    logits, counts = logits.float(), target != ignore
+    if logits.shape[1] == 1:
+        loss = F.softplus((1 - 2 * (target == 1).float()) * logits[:, 0])
+    else:
+        right = torch.where(counts, target, 0).long().unsqueeze(1)  # (B, 1, H, W)
+        loss = logits.logsumexp(dim=1) - logits.gather(1, right).squeeze(1)
+    return torch.where(counts, loss, 0).sum() / counts.sum().clamp(min=1)
+
+
+def dice_loss(logits, target, ignore=255, smooth=1.0):
+    """1 − soft Dice, mean over images and classes (https://arxiv.org/abs/1606.04797).
+
+    Dice = (2 Σ p y + s) / (Σ p + Σ y + s), summed over an image's pixels that count;
+    s = 1 makes an empty prediction of an empty mask right, and the gradient there finite.
+    """
+    p = probabilities(logits.float())
+    first = 1 if p.shape[1] == 1 else 0  # with one logit the background has no channel of its own
+    classes = torch.arange(first, first + p.shape[1], device=p.device).view(1, -1, 1, 1)
+    y = target.unsqueeze(1) == classes                               # (B, C, H, W)
+    p = torch.where(target.unsqueeze(1) != ignore, p, 0)
+    overlap = (p * y).sum(dim=(2, 3))                                # (B, C)
+    total = p.sum(dim=(2, 3)) + y.sum(dim=(2, 3))
+    return 1 - ((2 * overlap + smooth) / (total + smooth)).mean()
+
+
+def bce_dice_loss(logits, target, ignore=255):
+    """BCE + Dice: the first pulls every pixel, the second the figure that is scored."""
+    return bce_loss(logits, target, ignore) + dice_loss(logits, target, ignore)
+
+
+LOSSES = {"bce_dice": bce_dice_loss, "bce": bce_loss, "dice": dice_loss}
