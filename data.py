@@ -4,8 +4,8 @@ Read from top to bottom: safe writing, one picture and its trimap, the pets' fol
 the toy pets, the cache (every picture decoded once), augmentation and batches, and at the end the
 pictures that the program draws. This is the only file that knows Pillow.
 
-A label is a byte: 0 background, 1 pet, 2 to 254 the numbered regions of the pet's border, 255
-unknown. `targets` turns labels into what is learned.
+A label is a byte: 0 background, 1 pet, 2 the border between them, 255 unknown. `targets` turns
+labels into what is learned.
 """
 import hashlib
 import http.client
@@ -120,8 +120,9 @@ def read_image(path, size=None, mask_size=None):
         raise Unreadable(f"{path}: {error}") from error
 
 
-def read_trimap(path):
-    """A trimap of the pets as labels at its own size: 0 background, 1 pet, 2 border."""
+def read_trimap(path, size=None):
+    """A trimap of the pets as labels: 0 background, 1 pet, 2 border. Its size (width, height) is
+    its photo's, which `size` tells where that is known already."""
     try:
         with Image.open(path) as image:
             values = np.asarray(image)
@@ -135,43 +136,21 @@ def read_trimap(path):
         found = ", ".join(map(str, np.unique(values)[:9]))
         raise Problem(f"the trimap {path} holds the values {found}; "
                       "expected 1 = pet, 2 = background, 3 = border")
+    if size not in (None, labels.shape[::-1]):
+        raise Problem(f"the trimap {path} has another size than its photo")
     return labels
+
+
+def shrink(labels, size):
+    """Labels at another size (H, W), each pixel that of the nearest place."""
+    return np.asarray(Image.fromarray(labels).resize(size[::-1], Image.Resampling.NEAREST))
 
 
 def read_pair(sample, size):
     """One photo and its labels as arrays of bytes, (H, W, 3) and (H, W); `size` is (H, W)."""
     labels = read_trimap(sample.mask)
     image = read_image(sample.image, size[::-1], labels.shape[::-1])
-    labels = np.asarray(Image.fromarray(labels).resize(size[::-1], Image.Resampling.NEAREST))
-    return np.asarray(image), np.where(labels == 2, number_regions(labels == 2), labels)
-
-
-def number_regions(mask):
-    """Numbers the connected regions (8 neighbours) of a boolean mask 2, 3, ... 254, 2, ...: the
-    runs of each row, joined with the runs of the row above that they touch (union-find)."""
-    edges = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
-    rows, starts = np.nonzero(edges == 1)
-    runs = list(zip(rows.tolist(), starts.tolist(), np.nonzero(edges == -1)[1].tolist()))
-    parent = list(range(len(runs)))
-
-    def root(run):
-        while parent[run] != run:
-            parent[run] = run = parent[parent[run]]
-        return run
-
-    first = 0  # the first run above that can still touch this one or a later one
-    for run, (row, start, end) in enumerate(runs):
-        while (runs[first][0], runs[first][2]) < (row - 1, start):
-            first += 1
-        above = first
-        while runs[above][0] == row - 1 and runs[above][1] <= end:
-            parent[root(above)] = root(run)
-            above += 1
-    numbers, regions = {}, np.zeros(mask.shape, dtype=np.uint8)
-    for run, (row, start, end) in enumerate(runs):
-        number = numbers.setdefault(root(run), len(numbers))
-        regions[row, start:end] = 2 + number % 253
-    return regions
+    return np.asarray(image), shrink(labels, size)
 
 
 # ------------------------------------------------------------------------------ the pets' folder
@@ -299,7 +278,7 @@ def fetch(url, path, md5, progress, pauses):
         before = part.stat().st_size if part.exists() else 0
         try:
             append(url, part, progress)
-            if md5 != file_md5(part):
+            if md5 != hashlib.md5(part.read_bytes(), usedforsecurity=False).hexdigest():
                 part.unlink()
                 raise DownloadFailed(f"{url} arrived with the wrong checksum and was deleted; "
                                      "try again, or another mirror with --url")
@@ -337,15 +316,6 @@ def append(url, part, progress):
         raise ConnectionError(f"the connection broke after {have} of {total} bytes")
 
 
-def file_md5(path):
-    """The MD5 of a file of any size."""
-    md5 = hashlib.md5(usedforsecurity=False)
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            md5.update(chunk)
-    return md5.hexdigest()
-
-
 def unpack(archive, folder):
     """Unpacks ARCHIVE.tar.gz, whose members all lie in ARCHIVE/, to folder/ARCHIVE, which appears
     when it is whole. Only plain files and folders inside ARCHIVE/ are accepted."""
@@ -368,77 +338,59 @@ def unpack(archive, folder):
 
 
 # ---------------------------------------------------------------------------------- the toy pets
-# Cats and dogs drawn from a seed: enough to try everything without a download. Coordinates are in
-# pet lengths, y downwards; a figure is a list of (polygon, shade), drawn in that order.
+# Cats and dogs drawn from a seed, to try everything without a download. A figure is a table of
+# (x, y, half width, half height, tilt, shade) in pet lengths, y downwards: ellipses, later ones
+# in front; a tilt is in radians. A pose is where the head is, how large it is, and the rest.
 
 COATS = {"Tabby": "stripes", "Calico": "patches", "Smoke": "plain",     # cats in capitals,
          "pointer": "spots", "collie": "patches", "terrier": "plain"}   # as in the pets' dataset
+POSES = (
+    ((0.55, -0.32, 0.22), (  # standing: tail, far legs, trunk, near legs, neck
+        (-0.72, -0.25, 0.32, 0.04, 0.8, 110), (-0.4, 0.33, 0.06, 0.28, 0.1, 90),
+        (0.28, 0.33, 0.06, 0.28, -0.1, 90), (0, 0, 0.55, 0.23, 0, 125),
+        (-0.28, 0.35, 0.07, 0.28, 0, 120), (0.4, 0.35, 0.07, 0.28, 0, 120),
+        (0.42, -0.1, 0.14, 0.26, 0.6, 128))),
+    ((0.08, -0.5, 0.27), (  # sitting: tail, trunk, haunch, front legs
+        (-0.45, 0.3, 0.36, 0.04, 0.5, 110), (0, 0.12, 0.3, 0.5, 0, 122),
+        (-0.15, 0.38, 0.26, 0.22, 0, 114), (0.03, 0.34, 0.07, 0.32, 0, 130),
+        (0.2, 0.34, 0.07, 0.32, 0, 138))),
+    ((0.55, -0.05, 0.24), (  # lying: tail, trunk, front leg
+        (-0.75, 0.05, 0.35, 0.04, 0.3, 110), (0, 0.08, 0.6, 0.24, 0, 124),
+        (0.5, 0.27, 0.3, 0.06, 0, 132))),
+    ((0, -0.1, 0.46), ((0, 0.75, 0.55, 0.6, 0, 115),)),  # from close by
+)
 COLOURS = np.array([
     (30, 27, 25), (240, 234, 224), (130, 127, 124), (205, 128, 55), (98, 64, 40), (226, 200, 160),
     (160, 112, 74), (72, 76, 86), (96, 128, 70), (76, 112, 150), (150, 76, 76), (190, 178, 120),
 ])  # a coat is of the first eight; the world around it is of all, so colour alone tells little
 
 
-def blob(x, y, rx, ry, tilt=0.0):
-    """An ellipse as a polygon."""
-    angle = np.linspace(0, 2 * math.pi, 28, endpoint=False)
-    across, down = rx * np.cos(angle), ry * np.sin(angle)
+def blob(x, y, rx, ry, tilt=0.0, corners=28):
+    """An ellipse, or with few corners a triangle or box that points upwards, as a polygon."""
+    angle = np.linspace(0, 2 * math.pi, corners, endpoint=False)
+    across, down = rx * np.sin(angle), -ry * np.cos(angle)
     cos, sin = math.cos(tilt), math.sin(tilt)
     return np.stack((x + cos * across - sin * down, y + sin * across + cos * down), axis=1)
 
 
-def limb(x0, y0, x1, y1, thick, bend=0.0):
-    """A leg or tail as a polygon: a bow from one point to another, a little thinner at its end."""
-    t = np.linspace(0, 1, 14)[:, None]
-    start, end = np.array([[x0, y0]]), np.array([[x1, y1]])
-    normal = np.array([[y0 - y1, x1 - x0]]) / math.hypot(x1 - x0, y1 - y0)
-    line = start + (end - start) * t + normal * bend * np.sin(math.pi * t)
-    side = normal * thick / 2 * (1.1 - 0.4 * t) * np.minimum(1, 0.4 + 6 * (1 - t))
-    return np.concatenate((line + side, (line - side)[::-1]))
-
-
-def draw_head(rng, x, y, r, cat):
-    """The head's parts, ears first, and the dark features of its face."""
-    parts, droop = [], rng.random() < 0.6
-    for side in (-1, 1):
-        if cat or not droop:
-            tip = (x + side * r * rng.uniform(0.7, 0.95), y - r * rng.uniform(1.35, 1.65))
-            parts.append((np.array([(x + side * r * 0.95, y - r * 0.2), tip,
-                                    (x + side * r * 0.15, y - r * 0.8)]), 105))
-        else:
-            parts.append((blob(x + side * r * 0.95, y + r * 0.1, r * 0.3, r * 0.75, side * -0.3), 95))
-    parts.append((blob(x, y, r, r * 0.9), 135))
-    turn = rng.uniform(-0.25, 0.25) * r
-    parts.append((blob(x + turn, y + r * 0.4, r * (0.4 if cat else 0.55), r * 0.4), 152))
-    eyes = [blob(x + turn + side * r * 0.4, y - r * 0.1, r * 0.11, r * 0.14) for side in (-1, 1)]
-    return parts, [*eyes, blob(x + turn, y + r * 0.25, r * 0.13, r * 0.09)]
-
-
 def draw_figure(rng, cat):
-    """A pet that stands, sits, lies, or looks into the camera from close by."""
-    pose = rng.choice(["stand", "sit", "lie", "close"], p=[0.35, 0.25, 0.2, 0.2])
-    tail, bend = (0.07, rng.uniform(-0.3, 0.3)) if cat else (0.11, rng.uniform(-0.1, 0.2))
-    swing = rng.uniform(-0.1, 0.1, 4)
-    if pose == "stand":
-        head, face = draw_head(rng, 0.55, rng.uniform(-0.42, -0.2), rng.uniform(0.19, 0.25), cat)
-        legs = [(limb(x, 0.05, x + dx, 0.58, 0.13), shade)
-                for x, dx, shade in zip((-0.4, 0.3, -0.3, 0.4), swing, (90, 90, 120, 120))]
-        body = [(limb(-0.45, -0.05, -0.85, rng.uniform(-0.6, 0.2), tail, bend), 110), *legs[:2],
-                (blob(0, 0, 0.55, rng.uniform(0.19, 0.27)), 125),
-                (limb(0.3, 0.05, 0.6, -0.25, 0.3), 128), *legs[2:]]
-    elif pose == "sit":
-        head, face = draw_head(rng, 0.08, -0.5, rng.uniform(0.24, 0.3), cat)
-        body = [(limb(-0.2, 0.45, -0.75, rng.uniform(0, 0.5), tail, bend), 110),
-                (blob(0, 0.12, 0.3, 0.5), 122), (blob(-0.15, 0.38, 0.26, 0.22), 114),
-                (limb(0.05, 0, 0.02, 0.62, 0.13), 130), (limb(0.2, 0, 0.22, 0.62, 0.13), 138)]
-    elif pose == "lie":
-        head, face = draw_head(rng, 0.55, rng.uniform(-0.15, 0.1), rng.uniform(0.2, 0.26), cat)
-        body = [(limb(-0.5, 0.1, -0.95, rng.uniform(-0.2, 0.2), tail, bend), 110),
-                (blob(0, 0.08, 0.6, 0.24, swing[0]), 124), (limb(0.3, 0.25, 0.8, 0.3, 0.12), 132)]
-    else:
-        head, face = draw_head(rng, 0, -0.1, rng.uniform(0.42, 0.5), cat)
-        body = [(blob(0, 0.75, 0.55, 0.6), 115)]
-    return body + head, face
+    """A pet in some pose, slightly varied: its (polygon, shade) parts, and its eyes and nose."""
+    (x, y, r), rows = POSES[rng.integers(len(POSES))]
+    parts = []
+    for cx, cy, rx, ry, tilt, shade in rows:
+        rx, ry = (np.array((rx, ry)) if cat else np.array((rx, ry)) * 1.08) * rng.uniform(0.85, 1.15, 2)
+        parts.append((blob(cx, cy, rx, ry, tilt + rng.normal(0, 0.12)), shade))
+    x, y, r = x + rng.normal(0, 0.03), y + rng.normal(0, 0.05), r * rng.uniform(0.88, 1.12)
+    pointed = cat or rng.random() < 0.4
+    for side in (-1, 1):
+        ear = (side * 0.55, -0.85, 0.45, 0.6, side * 0.4, 3) if pointed else (
+            side * 0.95, 0.1, 0.3, 0.75, side * -0.3)
+        parts.append((r * blob(*ear) + (x, y), 100))
+    parts.append((blob(x, y, r, r * 0.9), 135))
+    x += rng.uniform(-0.25, 0.25) * r  # the face looks to one side
+    parts.append((blob(x, y + r * 0.4, r * (0.4 if cat else 0.55), r * 0.4), 152))
+    eyes = [blob(x + side * r * 0.4, y - r * 0.1, r * 0.11, r * 0.14) for side in (-1, 1)]
+    return parts, [*eyes, blob(x, y + r * 0.25, r * 0.13, r * 0.09)]
 
 
 def noise(rng, width, height, across, down):
@@ -471,9 +423,7 @@ def draw_things(rng, picture, number, sizes):
     for _ in range(number):
         x, y = rng.uniform(0, width), rng.uniform(0, height)
         rx, ry = rng.uniform(*sizes, 2) * min(width, height)
-        shape = blob(x, y, rx, ry, rng.uniform(0, 3))
-        if rng.random() < 0.5:
-            shape = shape[rng.integers(0, 3)::7]  # four of an ellipse's corners: a box
+        shape = blob(x, y, rx, ry, rng.uniform(0, 3), rng.choice([4, 28]))
         alpha = stencil(width, height, [(shape, 255)]) / 255
         surface = paint(rng, width, height, COLOURS, rng.choice([3, 8, 25], size=2))
         picture += (surface - picture) * alpha
@@ -692,16 +642,23 @@ def augment(images, labels, random, share=1.0, flip=0.0, vflip=0.0, rotate=0.0, 
 
 def targets(labels, border="foreground", random=None):
     """Labels to what is learned: 0 background, 1 pet, 255 not counted. The border is taken as
-    "foreground", "background" or "ignore", or each of its regions as one of the first two with
-    probability ½ ("random")."""
-    number = len(labels)
-    meaning = torch.arange(256).repeat(number, 1)                    # (B, 256): a table an image
-    if border == "random":
-        meaning[:, 2:255] = torch.randint(2, (number, 253), generator=random)
-    else:
-        meaning[:, 2:255] = {"foreground": 1, "background": 0, "ignore": 255}[border]
-    meaning = meaning.to(labels.device, torch.uint8)
-    return meaning.gather(1, labels.flatten(1).long()).view_as(labels)
+    "foreground", "background" or "ignore", or each connected region of it as one of the first two
+    with probability ½ ("random")."""
+    if border != "random":
+        meaning = {"foreground": 1, "background": 0, "ignore": 255}[border]
+        return torch.where(labels == 2, meaning, labels)
+    edge = labels == 2
+    root = torch.arange(labels.numel() + 1, device=labels.device)
+    numbers = root[1:].view_as(labels) * edge                        # (B, H, W): each its own region
+    while True:
+        largest = F.max_pool2d(numbers.double(), 3, 1, 1).long() * edge  # among the 8 neighbours
+        if torch.equal(largest, numbers):
+            break
+        root.scatter_reduce_(0, numbers.flatten(), largest.flatten(), "amax")  # regions that touch
+        root = root[root]  # follow the chains that this makes; some five rounds join everything
+        numbers = root[root][numbers]
+    drawn = torch.randint(2, root.shape, generator=random).to(labels.device, torch.uint8)
+    return torch.where(edge, drawn[numbers], labels)
 
 
 # ----------------------------------------------------------------------------- pictures: results
@@ -716,20 +673,14 @@ def save_picture(image, path):
 
 
 def picture(array):
-    """An array of bytes as a picture."""
-    return Image.fromarray(np.asarray(array))
+    """An array of bytes as a picture; a boolean one as white on black."""
+    return Image.fromarray(array.astype(np.uint8) * 255 if array.dtype == bool else np.asarray(array))
 
 
 def pixels(photo, size):
     """A photo scaled to `size` (H, W) as a batch of one, (1, 3, H, W) in 0..1."""
-    array = np.asarray(photo.resize(size[::-1], Image.Resampling.BILINEAR))
-    return torch.from_numpy(array.copy())[None].permute(0, 3, 1, 2).float() / 255
-
-
-def shrink(labels, size):
-    """Labels at another size (H, W), each pixel that of the nearest place."""
-    scaled = Image.fromarray(labels).resize(size[::-1], Image.Resampling.NEAREST)
-    return np.asarray(scaled)
+    array = np.array(photo.resize(size[::-1], Image.Resampling.BILINEAR))
+    return torch.from_numpy(array)[None].permute(0, 3, 1, 2).float() / 255
 
 
 def bounding_box(mask):
@@ -745,15 +696,10 @@ def enlarge(probability, size):
     return np.asarray(Image.fromarray(probability).resize(size, Image.Resampling.BILINEAR))
 
 
-def mask_picture(mask):
-    """A boolean mask as a picture: white where the pet is."""
-    return Image.fromarray(mask.astype(np.uint8) * 255)
-
-
 def overlay(photo, mask):
     """The photo with the pet tinted and its contour drawn, dark beside light on any ground."""
     width = max(photo.size) / 300
-    soft = mask_picture(mask).filter(ImageFilter.BoxBlur(max(1, width)))
+    soft = picture(mask).filter(ImageFilter.BoxBlur(max(1, width)))
     near = np.abs(np.asarray(soft, dtype=np.float32)[..., None] / 127.5 - 1)  # 0 on the contour
     tint = np.where(mask[..., None], 0.35, 0).astype(np.float32)
     pixels = np.asarray(photo, dtype=np.float32)
@@ -765,8 +711,16 @@ def overlay(photo, mask):
 def cutout(photo, mask):
     """The pet alone, everything else transparent."""
     photo = photo.convert("RGBA")
-    photo.putalpha(mask_picture(mask))
+    photo.putalpha(picture(mask))
     return photo
+
+
+RESULTS = {  # what `infer` can write, each from the photo, its mask, and the true mask or None
+    "mask": lambda photo, mask, truth: picture(mask),
+    "overlay": lambda photo, mask, truth: overlay(photo, mask),
+    "cutout": lambda photo, mask, truth: cutout(photo, mask),
+    "panel": lambda photo, mask, truth: panel(photo, truth, mask, ""),
+}
 
 
 def font(size):
@@ -775,10 +729,10 @@ def font(size):
 
 
 def panel(photo, truth, mask, caption, side=256):
-    """photo | truth | prediction in a row, each `side` high, with a caption above."""
+    """photo | truth (where known) | prediction in a row, each `side` high, with a caption above."""
     width = max(1, round(side * photo.width / photo.height))
-    tiles = [photo, overlay(photo, truth), overlay(photo, mask)]
-    row = Image.new("RGB", (3 * width + 8, side + 24), "white")
+    tiles = [photo] + [overlay(photo, shown) for shown in (truth, mask) if shown is not None]
+    row = Image.new("RGB", (len(tiles) * (width + 4) - 4, side + 24), "white")
     ImageDraw.Draw(row).text((2, 4), caption, "black", font(14))
     for i, tile in enumerate(tiles):
         row.paste(tile.resize((width, side), Image.Resampling.BICUBIC), (i * (width + 4), 24))
@@ -804,7 +758,7 @@ class Curve(NamedTuple):
     """One line of a plot."""
     label: str
     colour: tuple
-    dashed: bool
+    width: int
     points: list   # (x, y) pairs
 
 
@@ -817,28 +771,6 @@ def ticks(low, high, most=6):
                                                math.ceil(high / step - 1e-9) + 1)]
 
 
-def draw_line(draw, points, colour, dashed, width):
-    """A line through `points`; dashed, it is drawn ten pixels on, seven off, along its length."""
-    if len(points) == 1:
-        points = [(points[0][0] - width, points[0][1]), (points[0][0] + width, points[0][1])]
-    if not dashed:
-        draw.line(points, colour, width, joint="curve")
-        return
-    travelled = 0.0
-    for (x0, y0), (x1, y1) in zip(points, points[1:]):
-        length, at = math.hypot(x1 - x0, y1 - y0), 0.0
-        while at < length:
-            phase = (travelled + at) % (17 * width / 2)
-            drawn = phase < 10 * width / 2
-            ahead = (10 if drawn else 17) * width / 2 - phase + 1e-6
-            if drawn:
-                a, b = at / length, min(1, (at + ahead) / length)
-                draw.line([(x0 + (x1 - x0) * a, y0 + (y1 - y0) * a),
-                           (x0 + (x1 - x0) * b, y0 + (y1 - y0) * b)], colour, width)
-            at += ahead
-        travelled += length
-
-
 def draw_plot(draw, box, title, curves, marks):
     """Axes, grid, legend, curves and marks (x, y, text, colour) inside `box`, at twice the size."""
     left, top, right, bottom = box
@@ -849,7 +781,7 @@ def draw_plot(draw, box, title, curves, marks):
         wide = 60 + draw.textlength(curve.label, small)
         if x > left and x + wide > right:
             x, y = left, y + 36
-        draw_line(draw, [(x, y), (x + 46, y)], curve.colour, curve.dashed, 5)
+        draw.line([(x, y), (x + 46, y)], curve.colour, curve.width)
         draw.text((x + 56, y), curve.label, (60, 60, 60), small, anchor="lm")
         x += wide + 30
     top = y + 34
@@ -877,10 +809,10 @@ def draw_plot(draw, box, title, curves, marks):
     draw.line([(left, top), (left, bottom), (right, bottom)], (60, 60, 60), 3)
     draw.text(((left + right) / 2, bottom + 50), "epoch", "black", small, anchor="mt")
     for curve in curves:
-        draw_line(draw, [place(*point) for point in curve.points], curve.colour, curve.dashed, 5)
+        draw.line([place(*point) for point in curve.points], curve.colour, curve.width, "curve")
     for x, y, text, colour in marks:
         at, height = place(x, y)
-        draw_line(draw, [(at, height), (at, bottom)], colour, True, 3)
+        draw.line([(at, height), (at, bottom)], colour, 2)
         draw.ellipse((at - 9, height - 9, at + 9, height + 9), "white", colour, 5)
         if text:  # at the foot of its line, on the side with more room
             anchor, shift = ("rb", -12) if at > (left + right) / 2 else ("lb", 12)
@@ -902,7 +834,7 @@ def draw_curves(path, runs):
             for part, colour in zip(("train", "valid"), colours):
                 label = part if len(runs) == 1 else f"{name} {part}"
                 points = [(row["epoch"], row[f"{part}_{measure}"]) for row in rows]
-                curves.append(Curve(label, colour, part == "train", points))
+                curves.append(Curve(label, colour, 3 if part == "train" else 6, points))
             best = max(rows, key=lambda row: row["valid_dice"])
             text = f"best {best['valid_dice']:.4f}, epoch {best['epoch']}"
             named = measure == "dice" and len(runs) == 1

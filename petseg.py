@@ -42,106 +42,111 @@ def fraction(text):
     raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, not {text!r}")
 
 
+MODELS = ("unet", "resnet34_unet")
+# The options of a run: name, default (None: it depends on machine and data, see `settings`), what
+# is allowed, and help. To add one, add a line and read run.NAME where it matters.
+OPTIONS = (
+    ("data", "auto", str, "auto (the pets, or else toy pets), pets, toy, or a folder like the pets'"),
+    ("root", "data", str, "where data is kept"),
+    ("epochs", None, positive, "times through the training pictures: 20; the few toys: 16"),
+    ("batch", None, positive, "pictures at a time: 8, or 32 on a GPU"),
+    ("size", None, size, "side in pixels: 128, or 256 on a GPU"),
+    ("width", None, positive, "channels of the first level: 64 on a GPU, else 16 (unet) or 32"),
+    ("up", "transpose", ("transpose", "bilinear"), "how the decoder doubles the size"),
+    ("dropout", 0.0, fraction, "at the bottom of the U"),
+    ("loss", "bce_dice", ("bce_dice", "bce", "dice"), "what is made small"),
+    ("optimizer", "adamw", ("adamw", "adam"), "how"),
+    ("lr", 0.002, float, "the learning rate's peak"),
+    ("weight-decay", 0.01, float, "of adamw"),
+    ("schedule", "cosine", ("cosine", "constant", "plateau", "exponential", "inverse_sqrt"),
+     "of the learning rate"),
+    ("warmup", 1.0, float, "epochs of warm-up, for cosine and inverse_sqrt"),
+    ("gamma", 0.99, float, "factor an epoch, for exponential"),
+    ("clip", 1.0, float, "largest norm of the gradient, 0 for any"),
+    ("accumulate", 1, positive, "batches that make up one step"),
+    ("ema", 0.99, fraction, "how much the weights' moving average keeps at a step, 0 for none"),
+    ("augment", "full", ("none", "flip", "full"), "which random changes"),
+    ("augment-prob", 1.0, fraction, "share of the pictures that is changed"),
+    ("repeat", 1, positive, "times a picture appears in an epoch"),
+    ("border", "foreground", ("foreground", "background", "ignore", "random"),
+     "what the trimap's border is while training"),
+    ("compile", False, bool, "use torch.compile"),
+    ("seed", 0, int, "of every random draw"),
+    ("save-every", 0, int, "also keep a numbered checkpoint every so many epochs"),
+)
+
+
 def command_line():
-    """All that can be typed. An option of `train` that is not given is absent: see `settings`."""
+    """All that can be typed. An option of `train` that is not typed is absent, not at its default,
+    so that a resumed run can tell what is asked of it."""
     parser = Parser(prog="petseg.py", description="Segments pets from photos, pixel by pixel.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    models, absent = ("unet", "resnet34_unet"), argparse.SUPPRESS
 
-    def command(name, text):
+    def command(name, text, device=False, ckpt=False, **place):
         sub = commands.add_parser(name, help=text, description=text)
-        sub.add_argument("--json", action="store_true", help="print the result as one JSON object")
-        return sub
+        add = sub.add_argument
+        add("--json", action="store_true", help="end with the result as one JSON object")
+        if ckpt:
+            add("--ckpt", required=True, help="the best.pt of a run")
+            add("--threshold", type=fraction, default=0.5, help="probability from which on it is pet")
+            add("--tta", action="store_true", help="average with the mirrored picture")
+        if device:
+            add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+            add("--precision", choices=("auto", "bf16", "fp32"), default="auto",
+                help="auto: bfloat16 where the hardware has it")
+        if place:
+            add("--url", help="a mirror to download the pets from")
+            add("--data", help=OPTIONS[0][3], default=place["data"])
+            add("--root", help=OPTIONS[1][3], default=place["root"])
+        return sub, add
 
-    def place(sub, data="auto"):
-        sub.add_argument("--data", default=data, help="auto (the pets, or else toy pets), pets, toy,"
-                         " or a folder laid out like the pets")
-        sub.add_argument("--root", default="data", help="where data is kept (data/)")
-        sub.add_argument("--url", default=None, help="a mirror to download the pets from")
+    sub, add = command("train", "train from scratch, score the test split, draw the curves", True)
+    add("model", nargs="?", choices=MODELS)
+    add("--resume", metavar="RUN", help="go on with the run in this folder; of the other options only "
+        "--epochs, --device, --save-every, --data and --root may then be given")
+    add("--out", default="runs", help="where the run's folder is made")
+    add("--url", help="a mirror to download the pets from")
+    for name, default, kind, text in OPTIONS:
+        how = {"action": "store_true"} if kind is bool else (
+            {"choices": kind} if isinstance(kind, tuple) else {"type": kind})
+        note = "" if default is None or kind is bool else f" ({default})"
+        add(f"--{name}", default=argparse.SUPPRESS, help=text + note, **how)
 
-    def machine(sub):
-        sub.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-        sub.add_argument("--precision", choices=("auto", "bf16", "fp32"), default="auto",
-                         help="auto: bfloat16 where the hardware has it")
+    sub, add = command("eval", "score a split; a table by breed; the worst images in one picture",
+                       True, True, data=None, root="data")
+    add("--split", choices=("train", "valid", "test"), default="test")
+    add("--out", default="evaluation", help="the folder of the results")
 
-    def trained(sub, data=None):
-        sub.add_argument("--ckpt", required=True, help="a best.pt of a run")
-        place(sub, data)
-        machine(sub)
-        sub.add_argument("--threshold", type=fraction, default=0.5, help="pet from here on (0.5)")
-        sub.add_argument("--tta", action="store_true", help="average with the mirrored picture")
+    sub, add = command("infer", "masks, overlays, cut-outs of pictures; without any: the test split",
+                       True, True, data=None, root="data")
+    add("pictures", nargs="*", metavar="IMAGE|FOLDER")
+    add("--save", help="some of mask,overlay,cutout,panel")
+    add("--out", default="predictions", help="the folder of the results")
 
-    sub = command("train", "train from scratch, score the test split, draw the curves")
-    sub.add_argument("model", nargs="?", choices=models)
-    sub.add_argument("--resume", metavar="RUN", help="go on with the run in this folder; then only"
-                     " --epochs, --device, --save-every, --data and --root may be given")
-    place(sub, absent)
-    machine(sub)
-    sub.add_argument("--out", default="runs", help="where the run's folder is made (runs/)")
-    add = lambda *names, **words: sub.add_argument(*names, default=absent, **words)
-    add("--epochs", type=positive, help="20; more for the small toy set")
-    add("--batch", type=positive, help="images a step: 16, or 32 on a GPU")
-    add("--size", type=size, help="side in pixels: 128, or 256 on a GPU")
-    add("--width", type=positive, help="channels of the first level: 64 on a GPU, else 16 or 32")
-    add("--up", choices=("transpose", "bilinear"), help="how the decoder doubles (transpose)")
-    add("--dropout", type=fraction, help="at the bottom of the U (0)")
-    add("--loss", choices=("bce_dice", "bce", "dice"), help="(bce_dice)")
-    add("--optimizer", choices=("adamw", "adam"), help="(adamw)")
-    add("--lr", type=float, help="the learning rate's peak (0.002)")
-    add("--weight-decay", type=float, help="of AdamW (0.01)")
-    add("--schedule", choices=("cosine", "constant", "plateau", "exponential", "inverse_sqrt"),
-        help="of the learning rate (cosine)")
-    add("--warmup", type=float, help="epochs of warm-up, for cosine and inverse_sqrt (1)")
-    add("--gamma", type=float, help="factor an epoch, for exponential (0.99)")
-    add("--clip", type=float, help="largest norm of the gradient; 0 for any (1)")
-    add("--accumulate", type=positive, help="batches added up for one step (1)")
-    add("--ema", type=fraction, help="memory of the weights' moving average; 0 for none (0.99)")
-    add("--augment", choices=("none", "flip", "full"), help="(full)")
-    add("--augment-prob", type=fraction, help="share of the images that is touched (1)")
-    add("--repeat", type=positive, help="times an image appears in an epoch (1)")
-    add("--border", choices=("foreground", "background", "ignore", "random"),
-        help="what the trimap's border is in training (foreground)")
-    add("--compile", action="store_true", help="torch.compile the network")
-    add("--seed", type=int, help="of every random draw (0)")
-    add("--save-every", type=int, help="also keep a numbered checkpoint every N epochs (0: no)")
+    sub, add = command("compare", "the curves of several runs in one picture, and a table")
+    add("runs", nargs="+", metavar="RUN")
+    add("--out", default="compare.png", help="the picture")
 
-    sub = command("eval", "score a split; a table by breed; the worst images in one picture")
-    trained(sub)
-    sub.add_argument("--split", choices=("train", "valid", "test"), default="test")
-    sub.add_argument("--out", default="evaluation", help="folder of the results (evaluation/)")
+    sub, add = command("data", "fetch, verify, or draw the data", data="auto", root="data")
+    add("action", nargs="?", choices=("get", "check", "toy"), default="check")
+    add("--trainval", type=positive, default=400, help="toys to train with")
+    add("--test", type=positive, default=100, help="toys to test with")
+    add("--seed", type=int, default=0, help="of the toys")
 
-    sub = command("infer", "masks, overlays, cut-outs of pictures; without any, of the test split")
-    trained(sub)
-    sub.add_argument("pictures", nargs="*", metavar="IMAGE|FOLDER")
-    sub.add_argument("--save", help="comma-separated: mask, overlay, cutout, panel")
-    sub.add_argument("--out", default="predictions", help="folder of the results (predictions/)")
+    sub, add = command("summary", "a table of layers: shape, parameters, multiply-adds")
+    add("model", choices=MODELS)
+    add("--size", type=size, default=256)
+    add("--width", type=positive, default=64)
+    add("--up", choices=("transpose", "bilinear"), default="transpose")
 
-    sub = command("compare", "the curves of several runs in one picture, and a table")
-    sub.add_argument("runs", nargs="+", metavar="RUN")
-    sub.add_argument("--out", default="compare.png", help="the picture's file (compare.png)")
-
-    sub = command("data", "fetch, verify, or draw the data")
-    sub.add_argument("action", nargs="?", choices=("get", "check", "toy"), default="check")
-    place(sub)
-    sub.add_argument("--trainval", type=positive, default=400, help="toys to train with (400)")
-    sub.add_argument("--test", type=positive, default=100, help="toys to test with (100)")
-    sub.add_argument("--seed", type=int, default=0, help="of the toys (0)")
-
-    sub = command("summary", "a table of layers: shape, parameters, multiply-adds")
-    sub.add_argument("model", choices=models)
-    sub.add_argument("--size", type=size, default=256)
-    sub.add_argument("--width", type=positive, default=64)
-    sub.add_argument("--up", choices=("transpose", "bilinear"), default="transpose")
-
-    sub = command("bench", "images per second and peak memory, the plain loop against this one")
-    sub.add_argument("model", choices=models)
-    place(sub, "toy")
-    machine(sub)
-    sub.add_argument("--size", type=size, default=128)
-    sub.add_argument("--width", type=positive, default=16)
-    sub.add_argument("--batch", type=positive, default=16)
-    sub.add_argument("--rounds", type=positive, default=3)
-    sub.add_argument("--only", choices=("plain", "petseg"), help=argparse.SUPPRESS)
+    sub, add = command("bench", "images per second and peak memory: the plain loop and this one",
+                       True, data="toy", root="data")
+    add("model", choices=MODELS)
+    add("--size", type=size, default=128)
+    add("--width", type=positive, default=16)
+    add("--batch", type=positive, default=16)
+    add("--rounds", type=positive, default=3)
+    add("--only", choices=("plain", "petseg"), help=argparse.SUPPRESS)
     return parser
 
 
@@ -156,12 +161,12 @@ import json
 import math
 import pickle
 import platform
-import shutil
 import signal
 import subprocess
 import time
 import zipfile
 from datetime import datetime
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -371,6 +376,16 @@ def open_split(folder, split, side, root):
     return found
 
 
+class Segmenter(NamedTuple):
+    """A network with all that it takes to use it."""
+    network: torch.nn.Module
+    about: dict        # architecture, size, normalisation: what best.pt says beside the weights
+    device: torch.device
+    precision: str
+    threshold: float = 0.5
+    tta: bool = False
+
+
 def build(about):
     """The network that settings or a checkpoint describe, in channels-last memory."""
     network = layers.MODELS[about["model"]](width=about["width"], up=about["up"],
@@ -379,30 +394,40 @@ def build(about):
 
 
 @torch.inference_mode()
-def predict(network, images, about, precision, tta=False):
-    """Images (B, 3, H, W) in 0..1 to logits (B, 1, H, W) in fp32; with `tta`, the logits are those
-    of the mean of the picture's probability and its mirror image's."""
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bf16"):
+def predict(segmenter, images):
+    """Images (B, 3, H, W) in 0..1 to logits (B, 1, H, W) in fp32; with `tta` those of the mean of
+    the picture's probabilities and its mirror image's."""
+    network, about = segmenter.network.eval(), segmenter.about
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=segmenter.precision == "bf16"):
         x = data.normalise(images, about["mean"], about["std"])
         logits = network(x).float()
-        if tta:
+        if segmenter.tta:
             mirrored = network(x.flip(3)).float().flip(3)
             logits = ((logits.sigmoid() + mirrored.sigmoid()) / 2).logit(eps=1e-6)
     return logits
 
 
-def score_split(network, split, about, device, precision, batch=32, loss="bce_dice", tta=False,
-                threshold=0.5):
+def score_split(segmenter, split, batch=32, loss="bce_dice"):
     """Predicts a whole split; returns its mean loss and the confusion of each image (N, 4)."""
-    network.eval()
     total, counts = 0.0, []
     for index in torch.arange(len(split.names)).split(batch):
-        images, labels = data.load(split, index.numpy(), device)
-        target = data.targets(labels)
-        logits = predict(network, images, about, precision, tta)
+        images, labels = data.load(split, index.numpy(), segmenter.device)
+        target, logits = data.targets(labels), predict(segmenter, images)
         total += layers.LOSSES[loss](logits, target) * len(index)
-        counts.append(confusion(logits[:, 0].sigmoid() >= threshold, target))
+        counts.append(confusion(logits[:, 0].sigmoid() >= segmenter.threshold, target))
     return float(total) / len(split.names), torch.cat(counts).cpu()
+
+
+def draw_samples(path, segmenter, split, chosen, side=160):
+    """A gallery of photo | truth | prediction of the `chosen` pictures of a split."""
+    images, labels = data.load(split, chosen, segmenter.device)
+    masks = predict(segmenter, images)[:, 0].sigmoid() >= segmenter.threshold
+    target = data.targets(labels)
+    dice = overlap(confusion(masks, target))[0].tolist()
+    truths, masks = (target == 1).cpu().numpy(), masks.cpu().numpy()
+    panels = [data.panel(data.picture(split.images[i]), truths[k], masks[k],
+                         f"{split.names[i]}  Dice {dice[k]:.3f}", side) for k, i in enumerate(chosen)]
+    data.save_picture(data.gallery(panels), path)
 
 
 # ------------------------------------------------------------------------------------ checkpoints
@@ -435,12 +460,14 @@ def load(path, kind, device="cpu"):
     return content
 
 
-def load_network(path, device):
-    """The network of a best.pt, ready to predict, and what the file says about it."""
-    about = load(path, "network", device)
+def load_segmenter(args):
+    """The network of --ckpt, on --device, ready to predict."""
+    device = pick_device(args.device)
+    about = load(args.ckpt, "network", device)
     network = build(about).to(device)
     network.load_state_dict(about.pop("weights"))
-    return network.eval(), about
+    return Segmenter(network, about, device, pick_precision(args.precision, device), args.threshold,
+                     args.tta)
 
 
 # ------------------------------------------------------------------------------------------ train
@@ -450,50 +477,44 @@ MAY_CHANGE = ("epochs", "save_every", "data", "root")  # by `--resume`, beside t
 
 def settings(model, device, toy):
     """The default of every option of a run, as it fits the machine and the data."""
-    gpu = device.type != "cpu"
-    return {
-        "model": model, "size": 256 if gpu else 128, "batch": 32 if gpu else 16,
-        "width": 64 if gpu else {"unet": 16, "resnet34_unet": 32}[model],
-        # 400 toys make an epoch of 23 steps, a ninth of the pets'
-        "epochs": 30 if toy else 20,
-        "up": "transpose", "dropout": 0.0, "loss": "bce_dice", "optimizer": "adamw", "lr": 2e-3,
-        "weight_decay": 0.01, "schedule": "cosine", "warmup": 1.0, "gamma": 0.99, "clip": 1.0,
-        "accumulate": 1, "ema": 0.99, "augment": "full", "augment_prob": 1.0, "repeat": 1,
-        "border": "foreground", "compile": False, "seed": 0, "save_every": 0,
-    }
+    run = {name.replace("-", "_"): default for name, default, _, _ in OPTIONS}
+    small = {"size": 128, "batch": 8, "width": 16 if model == "unet" else 32}
+    large = {"size": 256, "batch": 32, "width": 64}
+    return {"model": model, **run, **(small if device.type == "cpu" else large),
+            "epochs": 16 if toy else 20}
 
 
 def start_or_resume(args, device):
     """Returns the run's folder, its settings, and its last checkpoint (None at the start)."""
-    given = {name: value for name, value in vars(args).items() if name not in
-             ("command", "json", "resume", "device", "precision", "out", "url", "model")}
+    names = [name.replace("-", "_") for name, *_ in OPTIONS]
+    given = {name: value for name, value in vars(args).items() if name in names}
     if args.resume:
         folder = Path(args.resume)
         state = load(folder / "last.pt", "training", device)
         run = state["settings"]
         for name, value in {**given, "model": args.model or run["model"]}.items():
             if name not in MAY_CHANGE and value != run[name]:
-                raise Problem(f"the run was begun with --{name.replace('_', '-')} {run[name]}, not "
-                              f"{value}; a resumed run keeps it, a new one is made without --resume")
-        run.update(given)
-        return folder, argparse.Namespace(**run), state
+                raise Problem(f"the run was begun with {name.replace('_', '-')} {run[name]}, not "
+                              f"{value}; a resumed run keeps it; without --resume a new one starts")
+        return folder, argparse.Namespace(**{**run, **given}), state
     if not args.model:
-        raise Problem("say which model to train: petseg.py train unet, or resnet34_unet")
-    root, choice = given.get("root", "data"), given.get("data", "auto")
-    name, source = find_data(choice, root, args.url)
-    run = {**settings(args.model, device, name == "toy"), **given, "root": root,
-           "data": name if name in ("pets", "toy") and choice in ("auto", "pets", "toy") else choice,
+        raise Problem("say which network to train: petseg.py train unet, or train resnet34_unet")
+    asked = given.get("data", "auto")
+    name, _ = find_data(asked, given.get("root", "data"), args.url)
+    run = {**settings(args.model, device, name == "toy"), **given,
+           "data": name if asked == "auto" else asked,
            "precision": pick_precision(args.precision, device)}
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = Path(args.out) / f"{name}-{args.model}-{stamp}-{os.urandom(2).hex()}"
     return folder, argparse.Namespace(**run), None
 
 
-def train_step(network, average, optimizer, split, group, run, epoch, step, device):
+def train_step(run, network, optimizer, split, group, epoch, step):
     """One step of the optimizer on the pictures `group`, a batch at a time; returns the sums of
     their losses, Dices and IoUs. Every random draw depends on (seed, epoch, step) alone."""
-    torch.manual_seed(data.generator("dropout", run.seed, epoch, step).initial_seed())
+    device = next(network.parameters()).device
     sums = torch.zeros(3, dtype=torch.float64, device=device)
+    torch.manual_seed(data.generator("dropout", run.seed, epoch, step).initial_seed())
     for part, index in enumerate(group.split(run.batch)):
         random = data.generator("augment", run.seed, epoch, step, part)
         images, labels = data.load(split, index.numpy(), device)
@@ -511,12 +532,19 @@ def train_step(network, average, optimizer, split, group, run, epoch, step, devi
         torch.nn.utils.clip_grad_norm_(network.parameters(), run.clip)
     optimizer.step()
     optimizer.zero_grad()
-    if average is not network:  # the moving average forgets faster while there is little to remember
-        done = optimizer.state_dict()["state"][0]["step"].item()
-        keep = min(run.ema, (1 + done) / (10 + done))
-        for mean, value in zip(average.state_dict().values(), network.state_dict().values()):
-            mean.lerp_(value, 1 - keep) if mean.is_floating_point() else mean.copy_(value)
     return sums
+
+
+@torch.no_grad()
+def follow(average, network, keep, steps):
+    """The moving average of the weights, and of the batch norms' statistics: after each step it
+    keeps the share `keep` of itself, less while there is little to remember."""
+    keep = min(keep, (1 + steps) / (10 + steps))
+    for mean, value in zip(average.state_dict().values(), network.state_dict().values()):
+        if mean.is_floating_point():
+            mean.lerp_(value, 1 - keep)
+        else:
+            mean.copy_(value)
 
 
 class Stop:
@@ -550,102 +578,103 @@ def train(args):
     torch.manual_seed(run.seed)
     network = build(about).to(device)
     average = copy.deepcopy(network) if run.ema else network
-    forward = torch.compile(network) if run.compile else network
-    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[run.optimizer]
-    decay = {"weight_decay": run.weight_decay} if run.optimizer == "adamw" else {}
-    optimizer = kind(network.parameters(), run.lr, **decay)
+    segmenter = Segmenter(average, about, device, run.precision)
+    compiled = torch.compile(network) if run.compile else network
+    if run.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(network.parameters(), weight_decay=run.weight_decay)
+    else:
+        optimizer = torch.optim.Adam(network.parameters())
 
-    epoch, step, history, before = 1, 0, [], 0.0
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # of the epoch's losses, Dices, IoUs
+    epoch, step, history, seconds = 1, 0, [], 0.0
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # of this epoch's losses, Dices, IoUs
     if state:
         network.load_state_dict(state["network"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
-        epoch, step, history, before = (state[k] for k in ("epoch", "step", "history", "seconds"))
-        sums = state["sums"].to(device)
+        epoch, step, history, seconds = (state[k] for k in ("epoch", "step", "history", "seconds"))
+        sums += state["sums"]
 
     def save_state():
         save({"petseg": "training", "settings": vars(run), "network": network.state_dict(),
               "average": average.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch,
-              "step": step, "sums": sums, "history": history,
-              "seconds": before + time.monotonic() - began}, folder / "last.pt")
+              "step": step, "history": history, "sums": sums, "seconds": seconds},
+             folder / "last.pt")
 
     write_config(folder, run, device)
-    say(f"{'resuming' if state else 'training'} {folder} on {device}: "
+    say(f"{'resuming' if state else 'training'} {folder} on {device}\n"
         + ", ".join(f"{name} {value}" for name, value in vars(run).items()))
-    images = len(train_set.names) * run.repeat
-    per_epoch = math.ceil(images / (run.batch * run.accumulate))
-    line, began_all, epochs_done = Line(), time.monotonic(), epoch - 1 + step / per_epoch
+    images, per_step = len(train_set.names) * run.repeat, run.batch * run.accumulate
+    per_epoch = math.ceil(images / per_step)
+    line, started, first = Line(), time.monotonic(), (epoch - 1) * per_epoch + step
     with Stop() as stop:
         while epoch <= run.epochs:
-            began = time.monotonic()
-            forward.train()
-            order = data.shuffled(len(train_set.names), run.repeat, run.seed, epoch)
-            groups = order.split(run.batch * run.accumulate)
-            while step < per_epoch:
+            began = time.monotonic() - seconds
+            network.train()
+            groups = data.shuffled(len(train_set.names), run.repeat, run.seed, epoch).split(per_step)
+            for step in range(step, per_epoch):
+                seconds = time.monotonic() - began
                 if stop.asked:
                     save_state()
-                    say(f"\npetseg: stopped and saved; go on with: petseg.py train --resume {folder}")
+                    line.end(f"petseg: stopped in epoch {epoch} and saved; to go on: "
+                             f"petseg.py train --resume {folder}")
                     raise SystemExit(130)
-                rate = SCHEDULES[run.schedule](run, (epoch - 1) * per_epoch + step, per_epoch,
+                done = (epoch - 1) * per_epoch + step
+                rate = SCHEDULES[run.schedule](run, done, per_epoch,
                                                [row["valid_dice"] for row in history])
                 for parameters in optimizer.param_groups:
                     parameters["lr"] = rate
-                sums += train_step(forward, average, optimizer, train_set, groups[step], run, epoch,
-                                   step, device)
-                step += 1
-                if line.due() or step == per_epoch:  # reading the loss makes a GPU wait: seldom
-                    seen = min(step * run.batch * run.accumulate, images)
-                    loss, seconds = sums[0].item() / seen, before + time.monotonic() - began
+                sums += train_step(run, compiled, optimizer, train_set, groups[step], epoch, step)
+                if run.ema:
+                    follow(average, network, run.ema, done)
+                if line.due() or step + 1 == per_epoch:  # to read the loss makes a GPU wait: seldom
+                    now, seen = time.monotonic(), min((step + 1) * per_step, images)
+                    loss, speed = sums[0].item() / seen, seen / (now - began)
                     if not math.isfinite(loss):
-                        raise Problem(f"the loss became {loss} in epoch {epoch}, step {step}; the last"
-                                      f" good checkpoint stays in {folder}; try a lower --lr, --clip "
-                                      "1, or --precision fp32")
-                    at = epoch - 1 + step / per_epoch
-                    left = (time.monotonic() - began_all) / (at - epochs_done) * (run.epochs - at)
-                    line.show(f"epoch {epoch}/{run.epochs}  step {step}/{per_epoch}  loss {loss:.4f}"
-                              f"  {seen / seconds:.0f} images/s  {clock(left)} left")
+                        raise Problem(
+                            f"the loss became {loss} in epoch {epoch}, step {step + 1}; the last good "
+                            f"checkpoint is kept in {folder}; try a lower --lr, or --precision fp32")
+                    left = (now - started) / (done + 1 - first) * (run.epochs * per_epoch - done - 1)
+                    line.show(f"epoch {epoch}/{run.epochs}  step {step + 1}/{per_epoch}  "
+                              f"loss {loss:.4f}  {speed:.0f} images/s  {clock(left)} left")
 
-            loss, counts = score_split(average, valid_set, about, device, run.precision,
-                                       run.batch, run.loss)
+            valid_loss, counts = score_split(segmenter, valid_set, run.batch, run.loss)
             valid, (train_loss, train_dice, train_iou) = scores(counts), (sums / images).tolist()
             best = all(valid["dice"] > row["valid_dice"] for row in history)
             history.append({
                 "epoch": epoch, "train_loss": train_loss, "train_dice": train_dice,
-                "train_iou": train_iou, "valid_loss": loss, "valid_dice": valid["dice"],
-                "valid_iou": valid["iou"], "lr": rate,
-                "seconds": before + time.monotonic() - began, "images_per_second": seen / seconds})
-            line.end(f"epoch {epoch}/{run.epochs}  train loss {train_loss:.4f} Dice {train_dice:.4f}"
-                     f"  valid loss {loss:.4f} Dice {valid['dice']:.4f}{' *' if best else '  '}"
-                     f"  {history[-1]['seconds']:.1f} s  {seen / seconds:.0f} images/s")
-
-            # best.pt first: killed in between, the epoch is done again and writes the same
-            if best:
-                save({**about, "weights": {name: value.half() if value.is_floating_point() else value
-                                           for name, value in average.state_dict().items()},
-                      "trained": {**vars(run), "epoch": epoch, "valid": valid,
-                                  "torch": str(torch.__version__)}}, folder / "best.pt")
-            epoch, step, before = epoch + 1, 0, 0.0
+                "train_iou": train_iou, "valid_loss": valid_loss, "valid_dice": valid["dice"],
+                "valid_iou": valid["iou"], "lr": rate, "seconds": time.monotonic() - began,
+                "images_per_second": speed})
+            line.end(f"epoch {epoch}/{run.epochs}  train loss {train_loss:.4f} Dice {train_dice:.4f}  "
+                     f"valid loss {valid_loss:.4f} Dice {valid['dice']:.4f}{' *' if best else '  '}  "
+                     f"{clock(time.monotonic() - began)}, {speed:.0f} images/s")
+            if best:  # before last.pt: killed in between, the epoch is done again and writes the same
+                save_network(folder / "best.pt", average, about, run, history[-1])
+            epoch, step, seconds = epoch + 1, 0, 0.0
             sums.zero_()
-            began = time.monotonic()
             save_state()
             if run.save_every and (epoch - 1) % run.save_every == 0:
-                shutil.copy(folder / "last.pt", folder / f"epoch-{epoch - 1}.pt")
-            write_history(folder, history)
-            draw_samples(folder / "samples.png", average, valid_set, about, run.precision, device,
+                save_network(folder / f"epoch-{epoch - 1}.pt", average, about, run, history[-1])
+            with data.whole_file(folder / "metrics.csv") as file:
+                write_table(file, history, list(history[0]))
+            data.draw_curves(folder / "curves.png", {folder.name: history})
+            draw_samples(folder / "samples.png", segmenter, valid_set,
                          np.linspace(0, len(valid_set.names) - 1, 8).astype(int))
-    finish(args, folder, run, history, source, device)
+    finish(args, folder, run, history, source)
 
 
-def write_config(folder, run, device):
-    """config.json: every option as resolved, and what it ran on."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
-                         capture_output=True)
-    config = {**vars(run), "device": str(device), "commit": git.stdout.strip() or None,
-              "machine": platform.platform(), "threads": torch.get_num_threads(),
-              "python": platform.python_version(), "torch": str(torch.__version__)}
-    with data.whole_file(folder / "config.json") as file:
-        file.write(json.dumps(config, indent=2).encode())
+def save_network(path, network, about, run, row):
+    """What it takes to use a network, in half precision, and how it was trained and did."""
+    weights = {name: value.half() if value.is_floating_point() else value
+               for name, value in network.state_dict().items()}
+    save({**about, "weights": weights,
+          "trained": {**vars(run), **row, "torch": str(torch.__version__)}}, path)
+
+
+def write_json(path, content):
+    """A small result as a file."""
+    with data.whole_file(path) as file:
+        file.write(json.dumps(content, indent=2).encode())
 
 
 def write_table(file, rows, columns):
@@ -657,39 +686,29 @@ def write_table(file, rows, columns):
     file.write(text.getvalue().encode("utf-8", "surrogateescape"))
 
 
-def write_history(folder, history):
-    """metrics.csv and curves.png, anew and whole after each epoch: no row is missing or twice."""
-    with data.whole_file(folder / "metrics.csv") as file:
-        write_table(file, history, list(history[0]))
-    data.draw_curves(folder / "curves.png", {folder.name: history})
+def write_config(folder, run, device):
+    """config.json: every option as resolved, and what it ran on."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
+                         capture_output=True)
+    write_json(folder / "config.json", {
+        **vars(run), "device": str(device), "commit": git.stdout.strip() or None,
+        "machine": platform.platform(), "threads": torch.get_num_threads(),
+        "python": platform.python_version(), "torch": str(torch.__version__)})
 
 
-def draw_samples(path, network, split, about, precision, device, chosen, threshold=0.5):
-    """A gallery of photo | truth | prediction of the `chosen` pictures of a split."""
-    images, labels = data.load(split, chosen, device)
-    network.eval()
-    mask = predict(network, images, about, precision)[:, 0].sigmoid() >= threshold
-    target = data.targets(labels)
-    dice = overlap(confusion(mask, target))[0].tolist()
-    panels = [data.panel(data.picture(split.images[i]), target[k].cpu().numpy() == 1,
-                         mask[k].cpu().numpy(), f"{split.names[i]}  Dice {dice[k]:.3f}", 160)
-              for k, i in enumerate(chosen)]
-    data.save_picture(data.gallery(panels), path)
-
-
-def finish(args, folder, run, history, source, device):
-    """Scores the test split (valid, where there is none) with best.pt, as a user will load it."""
-    network, about = load_network(folder / "best.pt", device)
+def finish(args, folder, run, history, source):
+    """Scores the test split (valid, where there is none) with best.pt as a user will load it."""
+    args.ckpt, args.threshold, args.tta = folder / "best.pt", 0.5, False
+    segmenter = load_segmenter(args)
     name = data.splits(source)[-1]
     split = open_split(source, name, run.size, run.root)
-    _, counts = score_split(network, split, about, device, run.precision, run.batch)
-    worst = overlap(counts)[0].argsort()[:12].numpy()
-    draw_samples(folder / "worst.png", network, split, about, run.precision, device, worst)
-    result = {"run": str(folder), "split": name, "epoch": about["trained"]["epoch"],
-              "valid_dice": about["trained"]["valid"]["dice"],
+    _, counts = score_split(segmenter, split)
+    draw_samples(folder / "worst.png", segmenter, split, overlap(counts)[0].argsort()[:12].numpy())
+    trained = segmenter.about["trained"]
+    result = {"run": str(folder), "split": name, "epoch": trained["epoch"],
+              "valid_dice": trained["valid_dice"],
               "seconds": sum(row["seconds"] for row in history), **scores(counts)}
-    with data.whole_file(folder / f"{name}.json") as file:
-        file.write(json.dumps(result, indent=2).encode())
+    write_json(folder / f"{name}.json", result)
     answer(args, f"best epoch {result['epoch']}: valid Dice {result['valid_dice']:.4f}\n"
            f"{name} split, by best.pt: {score_table(result)}\n{folder}", result)
 
@@ -697,35 +716,29 @@ def finish(args, folder, run, history, source, device):
 # ------------------------------------------------------------------- eval, infer, compare, data
 
 
-def choose_data(args, about):
+def choose_data(args, segmenter):
     """The data that --data names, or else that the network was trained on."""
-    return find_data(args.data or about["trained"]["data"], args.root, args.url)[1]
+    return find_data(args.data or segmenter.about["trained"]["data"], args.root, args.url)[1]
 
 
 def evaluate(args):
     """Scores a split with a trained network: as a whole, breed by breed, and the worst images."""
-    device = pick_device(args.device)
-    precision = pick_precision(args.precision, device)
-    network, about = load_network(args.ckpt, device)
-    split = open_split(choose_data(args, about), args.split, about["size"], args.root)
-    _, counts = score_split(network, split, about, device, precision, tta=args.tta,
-                            threshold=args.threshold)
+    segmenter, out = load_segmenter(args), Path(args.out)
+    split = open_split(choose_data(args, segmenter), args.split, segmenter.about["size"], args.root)
+    _, counts = score_split(segmenter, split)
     breeds = {}
     for name, row in zip(split.names, counts):
         breeds.setdefault(name.rpartition("_")[0], []).append(row)
-    breeds = {breed: scores(torch.stack(rows)) for breed, rows in sorted(breeds.items())}
-    result = {"split": args.split, "checkpoint": args.ckpt, **scores(counts), "breeds": breeds}
-    out = Path(args.out)
-    with data.whole_file(out / f"{args.split}.json") as file:
-        file.write(json.dumps(result, indent=2).encode())
-    worst = overlap(counts)[0].argsort()[:12].numpy()
-    draw_samples(out / f"worst-{args.split}.png", network, split, about, precision, device, worst,
-                 args.threshold)
+    breeds = {breed: scores(torch.stack(rows)) for breed, rows in breeds.items()}
+    result = {"split": args.split, "checkpoint": str(args.ckpt), **scores(counts), "breeds": breeds}
+    write_json(out / f"{args.split}.json", result)
+    worst = out / f"worst-{args.split}.png"
+    draw_samples(worst, segmenter, split, overlap(counts)[0].argsort()[:12].numpy())
     table = [f"{breed:30} {s['images']:6} {s['dice']:8.4f} {s['iou']:8.4f}"
              for breed, s in sorted(breeds.items(), key=lambda item: item[1]["dice"])]
     answer(args, "\n".join([f"{'breed':30} {'images':>6} {'Dice':>8} {'IoU':>8}", *table, "",
                             f"{args.split} split: {score_table(result)}",
-                            f"the worst images: {out / f'worst-{args.split}.png'}"]), result)
+                            f"the worst images: {worst}"]), result)
 
 
 def unique_names(paths):
@@ -743,78 +756,64 @@ def unique_names(paths):
 
 def infer(args):
     """Finds the pets in pictures of any size and writes what --save names, and a table of all."""
-    device = pick_device(args.device)
-    precision = pick_precision(args.precision, device)
-    network, about = load_network(args.ckpt, device)
+    segmenter, out = load_segmenter(args), Path(args.out)
     if args.pictures:
         paths = data.find_pictures(args.pictures)
         truths = [data.find_truth(path) for path in paths]
     else:
-        samples = data.list_samples(choose_data(args, about), "test")
+        samples = data.list_samples(choose_data(args, segmenter), "test")
         paths, truths = [sample.image for sample in samples], [sample.mask for sample in samples]
     kinds = (args.save or ("mask,overlay,cutout" if args.pictures else "panel")).split(",")
-    if unknown := set(kinds) - {"mask", "overlay", "cutout", "panel"}:
-        raise Problem(f"--save knows mask, overlay, cutout and panel, not {', '.join(unknown)}")
+    if unknown := set(kinds) - set(data.RESULTS):
+        raise Problem(f"--save knows {', '.join(data.RESULTS)}, not {', '.join(unknown)}")
 
-    out, rows, failed = Path(args.out), [], []
-    report = progress("infer")
+    rows, failed, report = [], [], progress("infer")
     for done, (path, truth, name) in enumerate(zip(paths, truths, unique_names(paths)), start=1):
         try:
-            row, pictures = infer_one(path, truth, kinds, network, about, precision, device, args)
+            row = infer_one(segmenter, path, truth, kinds, out / name)
+            rows.append({"file": str(path), "output": name, **row})
         except Problem as problem:
             failed.append(str(problem))
-            continue
-        for kind, image in pictures.items():
-            data.save_picture(image, out / f"{name}_{kind}.png")
-        rows.append({"file": str(path), "output": name, **row})
         report(done, len(paths))
-
     with data.whole_file(out / "predictions.csv") as file:
         write_table(file, rows, ("file", "output", "pet_share", "left", "top", "right", "bottom",
                                  "confidence", "dice", "iou", "own_size_dice", "own_size_iou"))
-    known = [row for row in rows if "dice" in row]
-    result = {"images": len(rows), "failed": failed, "out": str(out)}
-    text = f"{len(rows)} pictures: {out}/"
-    for measure in ("dice", "own_size_dice") if known else ():
-        result[measure] = sum(row[measure] for row in known) / len(known)
-    if known:
-        text += (f"\n{len(known)} of known truth: mean Dice {result['dice']:.4f} at {about['size']}×"
-                 f"{about['size']}, {result['own_size_dice']:.4f} at their own sizes")
+
+    result = {"out": str(out), "images": len(rows), "failed": failed}
+    text = f"{len(rows)} pictures: {out}"
+    if known := [row for row in rows if "dice" in row]:
+        for measure in ("dice", "iou", "own_size_dice", "own_size_iou"):
+            result[measure] = sum(row[measure] for row in known) / len(known)
+        text += (f"\n{len(known)} of known truth: mean Dice {result['dice']:.4f} at the network's "
+                 f"size, {result['own_size_dice']:.4f} at their own")
     answer(args, text, result)
     if failed:
         raise Problem(f"{len(failed)} of {len(paths)} pictures could not be used: "
                       + "; ".join(failed[:5]))
 
 
-def infer_one(path, truth, kinds, network, about, precision, device, args):
-    """One picture: its row in the table and its {kind: output picture}."""
-    photo = data.read_image(path)
-    small = data.pixels(photo, (about["size"], about["size"])).to(device)
-    logits = predict(network, small, about, precision, args.tta)
-    probability = logits[0, 0].sigmoid().cpu().numpy()
-    large = data.enlarge(probability, photo.size)
-    mask = large >= args.threshold
+def infer_one(segmenter, path, truth, kinds, output):
+    """Segments one picture and writes its results; returns its row of the table."""
+    photo, side = data.read_image(path), segmenter.about["size"]
+    logits = predict(segmenter, data.pixels(photo, (side, side)).to(segmenter.device))
+    small = logits[0, 0].sigmoid().cpu().numpy()
+    large = data.enlarge(small, photo.size)
+    mask, answers = large >= segmenter.threshold, None
     left, top, right, bottom = data.bounding_box(mask)
     row = {"pet_share": mask.mean(), "left": left, "top": top, "right": right, "bottom": bottom,
            "confidence": np.maximum(large, 1 - large).mean()}
-    answers = None
-    if truth is not None:
-        answers = data.read_trimap(truth)
-        if answers.shape != mask.shape:
-            raise Problem(f"{path} and its trimap {truth} differ in size")
-        reduced = data.shrink(answers, probability.shape)
-        for prefix, guess, right_one in (("", probability >= args.threshold, reduced),
-                                         ("own_size_", mask, answers)):
-            counts = confusion(torch.from_numpy(guess)[None], torch.from_numpy(right_one > 0)[None])
-            dice, iou = overlap(counts)
-            row[f"{prefix}dice"], row[f"{prefix}iou"] = dice.item(), iou.item()
-    draw = {
-        "mask": lambda: data.mask_picture(mask),
-        "overlay": lambda: data.overlay(photo, mask),
-        "cutout": lambda: data.cutout(photo, mask),
-        "panel": lambda: data.panel(photo, answers > 0 if truth else mask, mask, path.stem),
-    }
-    return row, {kind: draw[kind]() for kind in kinds}
+    if truth:
+        answers = data.read_trimap(truth, photo.size)
+        for prefix, guess, right_one in (
+                ("", small >= segmenter.threshold, data.shrink(answers, small.shape)),
+                ("own_size_", mask, answers)):
+            dice, iou = overlap(confusion(torch.from_numpy(guess)[None],
+                                          torch.from_numpy(right_one > 0)[None]))
+            row |= {f"{prefix}dice": dice.item(), f"{prefix}iou": iou.item()}
+    for kind in kinds:
+        picture = data.RESULTS[kind](photo, mask, answers > 0 if truth else None)
+        data.save_picture(picture, f"{output}_{kind}.png")
+    return row
 
 
 def compare(args):
@@ -822,7 +821,7 @@ def compare(args):
     histories, rows = {}, []
     for folder in map(Path, args.runs):
         if not (folder / "metrics.csv").is_file():
-            raise Problem(f"{folder} is no run with a finished epoch: there is no metrics.csv in it")
+            raise Problem(f"{folder} is no run with a finished epoch: it has no metrics.csv")
         with open(folder / "metrics.csv", newline="") as file:
             history = [{name: float(value) for name, value in row.items()}
                        for row in csv.DictReader(file)]
@@ -832,8 +831,7 @@ def compare(args):
         histories[folder.name] = history
         rows.append({
             "run": folder.name, "model": config["model"], "width": config["width"],
-            "size": config["size"], "parameters": sum(
-                p.numel() for p in build(config).parameters()),
+            "size": config["size"], "parameters": sum(p.numel() for p in build(config).parameters()),
             "epochs": len(history), "best_epoch": int(best["epoch"]),
             "valid_dice": best["valid_dice"], "valid_iou": best["valid_iou"],
             "test_dice": json.loads(test.read_text())["dice"] if test.is_file() else None,
@@ -842,9 +840,10 @@ def compare(args):
     wide = max(len(row["run"]) for row in rows)
     lines = [f"{'run':{wide}}  parameters  size  epochs  best  valid Dice  test Dice     time"]
     for r in rows:
-        test = f"{r['test_dice']:9.4f}" if r["test_dice"] is not None else f"{'-':>9}"
+        test = "-" if r["test_dice"] is None else f"{r['test_dice']:.4f}"
         lines.append(f"{r['run']:{wide}}  {r['parameters']:10,}  {r['size']:4}  {r['epochs']:6}  "
-                     f"{r['best_epoch']:4}  {r['valid_dice']:10.4f}  {test}  {clock(r['seconds']):>7}")
+                     f"{r['best_epoch']:4}  {r['valid_dice']:10.4f}  {test:>9}  "
+                     f"{clock(r['seconds']):>7}")
     answer(args, "\n".join([*lines, args.out]), {"runs": rows, "picture": args.out})
 
 
@@ -853,17 +852,17 @@ def manage_data(args):
     if args.action == "toy":
         folder = data.make_toys(args.root, progress("draw toy pets"), args.seed, args.trainval,
                                 args.test)
-        return answer(args, str(folder), {"folder": str(folder)})
-    if args.action == "get":
+    elif args.action == "get":
         folder = data.get_pets(args.root, args.url or data.PETS_URL, progress("download", "MB", 1e6))
     else:
         folder = find_data(args.data, args.root, args.url)[1]
     found = data.check(folder, progress("check"))
     faults = [fault for _, bad in found.values() for fault in bad]
-    text = [f"{folder}:"] + [f"{split:6} {number:6} pictures, {len(bad)} at fault"
-                             for split, (number, bad) in found.items()]
-    answer(args, "\n".join(text), {"folder": str(folder), "faults": faults, "pictures": {
-        split: number for split, (number, _) in found.items()}})
+    text = [f"{split:6} {number:6} pictures, {len(bad)} at fault"
+            for split, (number, bad) in found.items()]
+    answer(args, "\n".join([str(folder), *text]), {
+        "folder": str(folder), "faults": faults,
+        "pictures": {split: number for split, (number, _) in found.items()}})
     if faults:
         raise Problem(f"{len(faults)} pictures of {folder} are at fault: " + "; ".join(faults[:5]))
 
@@ -921,82 +920,86 @@ def bench(args):
               for way, rounds in results.items()}
     lines = [f"{args.model}, width {args.width}, {args.size}×{args.size}, batch {args.batch}, "
              f"median of {args.rounds} rounds", f"{'':24} {'plain':>10} {'petseg':>10} {'ratio':>7}"]
-    for key, label in (("train", "train, images/s"), ("infer", "infer, images/s"),
-                       ("memory", "peak memory, MB")):
+    labels = {"train": "train, images/s", "infer": "infer, images/s", "memory": "peak memory, MB"}
+    for key, label in labels.items():
         a, b = middle["plain"][key], middle["petseg"][key]
         lines.append(f"{label:24} {a:10.1f} {b:10.1f} {b / a:7.2f}")
     line.end("done")
     answer(args, "\n".join(lines), {"model": args.model, **middle, "rounds": results})
 
 
-def measure(args):
-    """Images per second of training and inference, and peak memory, of one of the two ways."""
-    device = pick_device(args.device)
-    plain = args.only == "plain"
-    run = argparse.Namespace(**{**settings(args.model, device, toy=True), "batch": args.batch,
-        "precision": "fp32" if plain else pick_precision(args.precision, device)})
-    about = {"model": args.model, "width": args.width, "up": "transpose", "dropout": 0.0,
-             "mean": data.MEAN, "std": data.STD}
-    source = find_data(args.data, args.root, args.url)[1]
-    samples = data.list_samples(source, "train")
-    network = build(about).to(device)
-    if plain:
-        network = network.to(memory_format=torch.contiguous_format)
-    optimizer = torch.optim.AdamW(network.parameters(), run.lr)
-    split = None if plain else data.open_split(source, "train", (args.size,) * 2,
-                                               Path(args.root) / "cache", progress("cache"))
+def plain_way(args, run, network, optimizer, device):
+    """How it is usually done: fp32, contiguous, each picture read from its file every time and
+    augmented by itself. Returns a training step and a prediction."""
+    samples = data.list_samples(find_data(args.data, args.root, args.url)[1], "train")
+    network.to(memory_format=torch.contiguous_format)
 
-    def plain_step(index):
-        batch = []
-        for i in index.tolist():  # as a data set class does it: read, resize, augment, one by one
-            image, labels = data.read_pair(samples[i], (args.size, args.size))
-            one = (torch.from_numpy(image).permute(2, 0, 1)[None].float() / 255,
-                   torch.from_numpy(labels)[None])
-            batch.append(data.augment(*one, data.generator(i), **data.AUGMENT["full"]))
-        images, labels = (torch.cat(parts).to(device) for parts in zip(*batch))
+    def read(index):
+        for i in index.tolist():
+            image, labels = data.read_pair(samples[i % len(samples)], (args.size, args.size))
+            image = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].contiguous().float() / 255
+            yield image, torch.from_numpy(labels.copy())[None]
+
+    def step(index):
+        pairs = [data.augment(*pair, torch.Generator(), **data.AUGMENT["full"])
+                 for pair in read(index)]
+        images, labels = (torch.cat(parts).to(device) for parts in zip(*pairs))
         loss = layers.bce_dice_loss(network(data.normalise(images)), data.targets(labels))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         return loss.item()
 
-    def plain_predict(index):
-        images = [torch.from_numpy(data.read_pair(samples[i], (args.size, args.size))[0])
-                  for i in index.tolist()]
-        images = torch.stack(images).permute(0, 3, 1, 2).contiguous().to(device).float() / 255
+    def guess(index):
+        images = torch.cat([image for image, _ in read(index)]).to(device)
         with torch.no_grad():
             return (network(data.normalise(images)).sigmoid() >= 0.5).cpu()
 
-    def our_step(index):
-        return train_step(network, network, optimizer, split, index, run, 1, 1, device)
+    return step, guess
 
-    def our_predict(index):
-        images, _ = data.load(split, index.numpy(), device)
-        return predict(network, images, about, run.precision)
 
-    def speed(work, steps=12):
-        indices = [torch.arange(k * args.batch, (k + 1) * args.batch) % len(samples)
-                   for k in range(steps)]
-        for index in indices[:3]:
-            work(index)
-        began = time.monotonic()
-        for index in indices:
-            work(index)
+def this_way(args, run, network, optimizer, device):
+    """The same two as this program does them."""
+    source = find_data(args.data, args.root, args.url)[1]
+    split = open_split(source, "train", args.size, args.root)
+    segmenter = Segmenter(network, {"mean": data.MEAN, "std": data.STD}, device, run.precision)
+
+    def step(index):
+        return train_step(run, network, optimizer, split, index % len(split.names), 1, 1)
+
+    def guess(index):
+        images, _ = data.load(split, (index % len(split.names)).numpy(), device)
+        return (predict(segmenter, images).sigmoid() >= 0.5).cpu()
+
+    return step, guess
+
+
+def measure(args, steps=12):
+    """Images per second of training and of inference, and peak memory, of one of the two ways."""
+    device = pick_device(args.device)
+    run = argparse.Namespace(**{**settings(args.model, device, True), "batch": args.batch,
+                                "width": args.width})
+    run.precision = pick_precision(args.precision, device)
+    network = build(vars(run)).to(device)
+    optimizer = torch.optim.AdamW(network.parameters(), run.lr)
+    way = {"plain": plain_way, "petseg": this_way}[args.only]
+    speeds = []
+    for work, mode in zip(way(args, run, network, optimizer, device), (True, False)):
+        network.train(mode)
+        for step in range(-3, steps):
+            if step == 0:
+                began = time.monotonic()
+            work(torch.arange(args.batch) + (step + 3) * args.batch)
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return steps * args.batch / (time.monotonic() - began)
-
-    network.train()
-    trained = speed(plain_step if plain else our_step)
-    network.eval()
-    inferred = speed(plain_predict if plain else our_predict)
+        speeds.append(steps * args.batch / (time.monotonic() - began))
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated() / 1e6
     else:
-        import resource
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        memory = peak / 1e6 if sys.platform == "darwin" else peak / 1e3
-    return {"train": trained, "infer": inferred, "memory": memory}
+        import resource  # not on every system, and for this alone
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+            1e6 if sys.platform == "darwin" else 1e3)
+    return {"train": speeds[0], "infer": speeds[1], "memory": memory}
 
 
 COMMANDS = {"train": train, "eval": evaluate, "infer": infer, "compare": compare,
