@@ -4,8 +4,8 @@ Read from top to bottom: safe writing, one picture and its trimap, the pets' fol
 the toy pets, the cache (every picture decoded once), augmentation and batches, and at the end the
 pictures that the program draws. This is the only file that knows Pillow.
 
-A label is a byte: 0 background, 1 pet, 2 the border between them, 255 unknown. `targets` turns
-labels into what is learned.
+A label is a byte: 0 background, 1 pet, 2 the border between them, 255 unknown; `targets` turns
+labels into what is learned. A size is (height, width) everywhere.
 """
 import hashlib
 import http.client
@@ -22,6 +22,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from ssl import SSLError
 from typing import NamedTuple
 
 import numpy as np
@@ -91,17 +92,17 @@ TRIMAP[[1, 2, 3]] = 1, 0, 2
 
 
 def read_image(path, size=None, mask_size=None):
-    """Any picture that Pillow reads as an RGB image, upright, scaled to `size` (width, height).
+    """Any picture that Pillow reads as an RGB image, upright, scaled to `size`.
 
     A JPEG much larger than `size` is decoded at ½, ¼ or ⅛ of its side, which its format makes
     cheap, but never below twice `size`: the last halving is left to the better filter.
     """
     try:
         with Image.open(path) as image:
-            stored = image.size
+            stored = image.size[::-1]
             shown = stored[::-1] if image.getexif().get(ORIENTATION, 1) >= 5 else stored
             if mask_size not in (None, stored, shown):
-                raise Problem("{} is {}×{} pixels large, its mask {}×{}; they must be of one size"
+                raise Problem("{} is {}×{} pixels high and wide, its mask {}×{}; they must agree"
                               .format(path, *shown, *mask_size))
             if size:
                 image.draft("RGB", (2 * max(size), 2 * max(size)))
@@ -115,41 +116,35 @@ def read_image(path, size=None, mask_size=None):
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("RGB")
-            return image.resize(size, Image.Resampling.BILINEAR) if size else image
+            return image.resize(size[::-1], Image.Resampling.BILINEAR) if size else image
     except BROKEN as error:
         raise Unreadable(f"{path}: {error}") from error
 
 
-def read_trimap(path, size=None):
-    """A trimap of the pets as labels: 0 background, 1 pet, 2 border. Its size (width, height) is
-    its photo's, which `size` tells where that is known already."""
+def read_trimap(path):
+    """A trimap of the pets as labels of its own size: 0 background, 1 pet, 2 border."""
     try:
         with Image.open(path) as image:
             values = np.asarray(image)
     except BROKEN as error:
         raise Unreadable(f"{path}: {error}") from error
-    if values.ndim != 2:
-        raise Problem(f"the trimap {path} is in colour; expected one number a pixel: "
-                      "1 = pet, 2 = background, 3 = border")
     labels = TRIMAP[values.clip(0, 255).astype(np.uint8)]
-    if (labels == 255).any():
-        found = ", ".join(map(str, np.unique(values)[:9]))
-        raise Problem(f"the trimap {path} holds the values {found}; "
-                      "expected 1 = pet, 2 = background, 3 = border")
-    if size not in (None, labels.shape[::-1]):
-        raise Problem(f"the trimap {path} has another size than its photo")
+    if values.ndim != 2 or (labels == 255).any():
+        found = "colours" if values.ndim != 2 else ", ".join(map(str, np.unique(values)[:9]))
+        raise Problem(f"the trimap {path} holds {found}; expected one number a pixel: "
+                      "1 = pet, 2 = background, 3 = border")
     return labels
 
 
 def shrink(labels, size):
-    """Labels at another size (H, W), each pixel that of the nearest place."""
+    """Labels at another size, each pixel that of the nearest place."""
     return np.asarray(Image.fromarray(labels).resize(size[::-1], Image.Resampling.NEAREST))
 
 
 def read_pair(sample, size):
-    """One photo and its labels as arrays of bytes, (H, W, 3) and (H, W); `size` is (H, W)."""
+    """One photo and its labels as arrays of bytes, (H, W, 3) and (H, W)."""
     labels = read_trimap(sample.mask)
-    image = read_image(sample.image, size[::-1], labels.shape[::-1])
+    image = read_image(sample.image, size, labels.shape)
     return np.asarray(image), shrink(labels, size)
 
 
@@ -203,7 +198,8 @@ def find_pictures(paths):
     endings, found = set(Image.registered_extensions()), []
     for path in map(Path, paths):
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in endings and p.is_file())
+            inside = sorted(p for p in path.rglob("*")
+                            if p.suffix.lower() in endings and p.is_file())
             if not inside:
                 raise Problem(f"there are no pictures in the folder {path}")
             found += inside
@@ -235,22 +231,11 @@ def check(folder, progress):
 
 # ---------------------------------------------------------------------------------- the download
 
-PETS_URL = "https://www.robots.ox.ac.uk/~vgg/data/pets/data/"
 ARCHIVES = {
     "images.tar.gz": "5c4f3ee8e5d25df40f4fd59a7f44e54c",
     "annotations.tar.gz": "95a8c909bbe2e81eed6a22bccdf3f68f",
 }
-
-
-def reachable(url):
-    """Whether a server answers there at all, whatever it says."""
-    try:
-        urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=5).close()
-    except urllib.error.HTTPError:
-        return True
-    except (OSError, http.client.HTTPException):
-        return False
-    return True
+BREAKS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, SSLError)
 
 
 class DownloadFailed(Problem):
@@ -278,19 +263,25 @@ def fetch(url, path, md5, progress, pauses):
         before = part.stat().st_size if part.exists() else 0
         try:
             append(url, part, progress)
-            if md5 != hashlib.md5(part.read_bytes(), usedforsecurity=False).hexdigest():
-                part.unlink()
-                raise DownloadFailed(f"{url} arrived with the wrong checksum and was deleted; "
-                                     "try again, or another mirror with --url")
-            os.replace(part, path)
-        except (OSError, http.client.HTTPException) as error:
+        except BREAKS as error:
             came = part.exists() and part.stat().st_size > before
             failures = 1 if came else failures + 1
-            refused = isinstance(error, urllib.error.HTTPError) and error.code < 500
-            if refused or failures > len(pauses):
+            answered = isinstance(error, urllib.error.HTTPError)
+            hopeless = error.code < 500 if answered else not part.exists()  # never got through
+            if hopeless or failures > len(pauses):
                 raise DownloadFailed(f"cannot download {url}: {error}; check the network, or name "
                                      "a mirror with --url") from error
             time.sleep(pauses[failures - 1])
+            continue
+        found = hashlib.md5(usedforsecurity=False)
+        with open(part, "rb") as file:
+            while chunk := file.read(1 << 20):
+                found.update(chunk)
+        if found.hexdigest() != md5:
+            part.unlink()
+            raise DownloadFailed(f"{url} arrived with a wrong checksum and was deleted; try again, "
+                                 "or another mirror with --url")
+        os.replace(part, path)
 
 
 def append(url, part, progress):
@@ -325,7 +316,8 @@ def unpack(archive, folder):
             with tarfile.open(archive) as tar:
                 for member in tar:
                     parts = Path(member.name).parts
-                    if parts[:1] != (name,) or ".." in parts or not (member.isfile() or member.isdir()):
+                    plain = member.isfile() or member.isdir()
+                    if parts[:1] != (name,) or ".." in parts or not plain:
                         raise Problem(f"{archive} is refused: its member {member.name!r} would not "
                                       f"be a plain file in {name}/; get it from another place")
                     target = filled.joinpath(*parts[1:])
@@ -378,7 +370,7 @@ def draw_figure(rng, cat):
     (x, y, r), rows = POSES[rng.integers(len(POSES))]
     parts = []
     for cx, cy, rx, ry, tilt, shade in rows:
-        rx, ry = (np.array((rx, ry)) if cat else np.array((rx, ry)) * 1.08) * rng.uniform(0.85, 1.15, 2)
+        rx, ry = np.array((rx, ry)) * rng.uniform(0.85, 1.2, 2)
         parts.append((blob(cx, cy, rx, ry, tilt + rng.normal(0, 0.12)), shade))
     x, y, r = x + rng.normal(0, 0.03), y + rng.normal(0, 0.05), r * rng.uniform(0.88, 1.12)
     pointed = cat or rng.random() < 0.4
@@ -447,9 +439,10 @@ def draw_toy(rng, breed):
     alpha = stencil(width, height, [(part, 255) for part, _ in parts]) / 255
 
     coat = paint(rng, width, height, COLOURS[:8], (30, 30))
-    marks = {"stripes": noise(rng, width, height, 7, 60), "spots": noise(rng, width, height, 11, 11),
-             "patches": noise(rng, width, height, 45, 45), "plain": np.zeros((1, 1, 1))}
-    coat += (paint(rng, width, height, COLOURS[:8], (30, 30)) - coat) * (marks[COATS[breed]] > 0.55)
+    bumps = {"stripes": (7, 60), "spots": (11, 11), "patches": (45, 45)}.get(COATS[breed])
+    if bumps:
+        marks = paint(rng, width, height, COLOURS[:8], (30, 30))
+        coat += (marks - coat) * (noise(rng, width, height, *bumps) > 0.55)
     hair = noise(rng, width, height, 2, 7) + noise(rng, width, height, 2, 4) - 1
     coat = coat * (0.55 + stencil(width, height, parts) / 280) + 38 * hair
     picture += (coat - picture) * alpha
@@ -520,9 +513,9 @@ def decoded(samples, size):
 
 
 def open_split(folder, split, size, cache, progress):
-    """A split of a pets' folder at `size` (H, W), from `cache`, where its first use writes it.
+    """A split of a pets' folder at `size`, from `cache`, where its first use writes it.
 
-    The cache's name holds the names, sizes and times of all files: a changed folder gets a new one.
+    The cache's name holds names, sizes and times of all files: a changed folder gets a new one.
     """
     samples = list_samples(folder, split)
     stats = [os.stat(path) if path.exists() else None for s in samples for path in s[1:]]
@@ -532,8 +525,16 @@ def open_split(folder, split, size, cache, progress):
     if not place.is_dir():
         build_cache(place, samples, size, progress)
     about = json.loads((place / "about.json").read_text())
-    images, labels = (np.load(place / f"{part}.npy", mmap_mode="r") for part in ("images", "labels"))
-    return Split(about["names"], images, labels, about["skipped"])
+    arrays = (np.load(place / f"{part}.npy", mmap_mode="r") for part in ("images", "labels"))
+    return Split(about["names"], *arrays, about["skipped"])
+
+
+def write_header(file, shape):
+    """Writes, or writes anew, the head of a .npy file of bytes, whose length does not depend on
+    how many there are."""
+    file.seek(0)
+    head = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, head)
 
 
 def build_cache(place, samples, size, progress):
@@ -545,24 +546,24 @@ def build_cache(place, samples, size, progress):
                       f"{free / 1e6:,.0f} MB; make room, or name another disk with --root")
     names, skipped = [], []
     with whole_folder(place) as filled:
-        with open(filled / "images.npy", "wb") as images, open(filled / "labels.npy", "wb") as labels:
-            for final in (False, True):  # .npy begins with the shape, which is known at the end
-                for file, shape in ((images, (*size, 3)), (labels, size)):
-                    file.seek(0)
-                    np.lib.format.write_array_header_1_0(file, {
-                        "descr": "|u1", "fortran_order": False, "shape": (len(names), *shape)})
-                for sample, pair in zip(samples, () if final else decoded(samples, size)):
-                    if isinstance(pair, Unreadable):
-                        skipped.append(str(pair))
-                        continue
-                    if isinstance(pair, Problem):
-                        raise pair
+        image_file, label_file = filled / "images.npy", filled / "labels.npy"
+        with open(image_file, "wb") as images, open(label_file, "wb") as labels:
+            write_header(images, (0, *size, 3))
+            write_header(labels, (0, *size))
+            for sample, pair in zip(samples, decoded(samples, size)):
+                if isinstance(pair, Unreadable):
+                    skipped.append(str(pair))
+                elif isinstance(pair, Problem):
+                    raise pair
+                else:
                     images.write(pair[0].tobytes())
                     labels.write(pair[1].tobytes())
                     names.append(sample.name)
-                    progress(len(names) + len(skipped), len(samples))
+                progress(len(names) + len(skipped), len(samples))
+            write_header(images, (len(names), *size, 3))
+            write_header(labels, (len(names), *size))
         if not names:
-            raise Problem(f"none of the {len(samples)} pictures can be read; the first: {skipped[0]}")
+            raise Problem(f"none of {len(samples)} pictures can be read; the first: {skipped[0]}")
         (filled / "about.json").write_text(json.dumps({"names": names, "skipped": skipped}))
 
 
@@ -649,7 +650,7 @@ def targets(labels, border="foreground", random=None):
         return torch.where(labels == 2, meaning, labels)
     edge = labels == 2
     root = torch.arange(labels.numel() + 1, device=labels.device)
-    numbers = root[1:].view_as(labels) * edge                        # (B, H, W): each its own region
+    numbers = root[1:].view_as(labels) * edge        # (B, H, W): at first each is its own region
     while True:
         largest = F.max_pool2d(numbers.double(), 3, 1, 1).long() * edge  # among the 8 neighbours
         if torch.equal(largest, numbers):
@@ -674,11 +675,11 @@ def save_picture(image, path):
 
 def picture(array):
     """An array of bytes as a picture; a boolean one as white on black."""
-    return Image.fromarray(array.astype(np.uint8) * 255 if array.dtype == bool else np.asarray(array))
+    return Image.fromarray(array * np.uint8(255) if array.dtype == bool else np.asarray(array))
 
 
 def pixels(photo, size):
-    """A photo scaled to `size` (H, W) as a batch of one, (1, 3, H, W) in 0..1."""
+    """A photo scaled to `size` as a batch of one, (1, 3, H, W) in 0..1."""
     array = np.array(photo.resize(size[::-1], Image.Resampling.BILINEAR))
     return torch.from_numpy(array)[None].permute(0, 3, 1, 2).float() / 255
 
@@ -692,8 +693,8 @@ def bounding_box(mask):
 
 
 def enlarge(probability, size):
-    """A (h, w) array of probabilities at a photo's own `size` (width, height)."""
-    return np.asarray(Image.fromarray(probability).resize(size, Image.Resampling.BILINEAR))
+    """An array of probabilities at a photo's own size."""
+    return np.asarray(Image.fromarray(probability).resize(size[::-1], Image.Resampling.BILINEAR))
 
 
 def overlay(photo, mask):
@@ -838,6 +839,6 @@ def draw_curves(path, runs):
             best = max(rows, key=lambda row: row["valid_dice"])
             text = f"best {best['valid_dice']:.4f}, epoch {best['epoch']}"
             named = measure == "dice" and len(runs) == 1
-            marks.append((best["epoch"], best[f"valid_{measure}"], text if named else "", colours[1]))
+            marks.append((best["epoch"], best[f"valid_{measure}"], text * named, colours[1]))
         draw_plot(draw, box, title, curves, marks)
     save_picture(image.resize((1200, 540), Image.Resampling.LANCZOS), path)

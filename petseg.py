@@ -18,51 +18,44 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"petseg: {message}; see petseg.py {sys.argv[1] if sys.argv[1:] else ''} -h\n")
 
 
-def size(text):
-    """A side in pixels, at least 32: ResNet34-UNet halves it five times."""
-    if not text.isdigit() or int(text) < 32:
-        raise argparse.ArgumentTypeError(f"a size is a whole number from 32 up, not {text!r}")
-    return int(text)
+def number(kind, low, high=float("inf")):
+    """What an option may be: a whole number (`kind` int) or any (float) within bounds."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high:
+            words = f"a {'whole ' if kind is int else ''}number from {low}"
+            words += f" to {high}" if high < float("inf") else " up"
+            raise argparse.ArgumentTypeError(f"expected {words}, not {text!r}")
+        return value
+    return parse
 
 
-def positive(text):
-    """A whole number from 1 up."""
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 up, not {text!r}")
-    return int(text)
-
-
-def fraction(text):
-    """A number from 0 to 1."""
-    try:
-        if 0 <= float(text) <= 1:
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, not {text!r}")
-
-
+positive, side, fraction = number(int, 1), number(int, 32), number(float, 0, 1)
 MODELS = ("unet", "resnet34_unet")
+PETS_URL = "https://www.robots.ox.ac.uk/~vgg/data/pets/data/"
 # The options of a run: name, default (None: it depends on machine and data, see `settings`), what
 # is allowed, and help. To add one, add a line and read run.NAME where it matters.
 OPTIONS = (
-    ("data", "auto", str, "auto (the pets, or else toy pets), pets, toy, or a folder like the pets'"),
+    ("data", "auto", str, "auto (the pets, or else the toys), pets, toy, or a folder"),
     ("root", "data", str, "where data is kept"),
     ("epochs", None, positive, "times through the training pictures: 20; the few toys: 16"),
     ("batch", None, positive, "pictures at a time: 8, or 32 on a GPU"),
-    ("size", None, size, "side in pixels: 128, or 256 on a GPU"),
+    ("size", None, side, "side in pixels: 128, or 256 on a GPU"),
     ("width", None, positive, "channels of the first level: 64 on a GPU, else 16 (unet) or 32"),
     ("up", "transpose", ("transpose", "bilinear"), "how the decoder doubles the size"),
     ("dropout", 0.0, fraction, "at the bottom of the U"),
     ("loss", "bce_dice", ("bce_dice", "bce", "dice"), "what is made small"),
     ("optimizer", "adamw", ("adamw", "adam"), "how"),
-    ("lr", 0.002, float, "the learning rate's peak"),
-    ("weight-decay", 0.01, float, "of adamw"),
+    ("lr", 0.002, number(float, 0), "the learning rate's peak"),
+    ("weight-decay", 0.01, number(float, 0), "of adamw"),
     ("schedule", "cosine", ("cosine", "constant", "plateau", "exponential", "inverse_sqrt"),
      "of the learning rate"),
-    ("warmup", 1.0, float, "epochs of warm-up, for cosine and inverse_sqrt"),
-    ("gamma", 0.99, float, "factor an epoch, for exponential"),
-    ("clip", 1.0, float, "largest norm of the gradient, 0 for any"),
+    ("warmup", 1.0, number(float, 0), "epochs of warm-up, for cosine and inverse_sqrt"),
+    ("gamma", 0.99, fraction, "factor an epoch, for exponential"),
+    ("clip", 1.0, number(float, 0), "largest norm of the gradient, 0 for any"),
     ("accumulate", 1, positive, "batches that make up one step"),
     ("ema", 0.99, fraction, "how much the weights' moving average keeps at a step, 0 for none"),
     ("augment", "full", ("none", "flip", "full"), "which random changes"),
@@ -71,8 +64,9 @@ OPTIONS = (
     ("border", "foreground", ("foreground", "background", "ignore", "random"),
      "what the trimap's border is while training"),
     ("compile", False, bool, "use torch.compile"),
-    ("seed", 0, int, "of every random draw"),
-    ("save-every", 0, int, "also keep a numbered checkpoint every so many epochs"),
+    ("precision", "auto", ("auto", "bf16", "fp32"), "auto: bfloat16 where the hardware has it"),
+    ("seed", 0, number(int, 0), "of every random draw"),
+    ("save-every", 0, number(int, 0), "also keep a numbered checkpoint every so many epochs"),
 )
 
 
@@ -88,24 +82,24 @@ def command_line():
         add("--json", action="store_true", help="end with the result as one JSON object")
         if ckpt:
             add("--ckpt", required=True, help="the best.pt of a run")
-            add("--threshold", type=fraction, default=0.5, help="probability from which on it is pet")
+            add("--threshold", type=fraction, default=0.5, help="probability that makes a pet")
             add("--tta", action="store_true", help="average with the mirrored picture")
         if device:
             add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-            add("--precision", choices=("auto", "bf16", "fp32"), default="auto",
-                help="auto: bfloat16 where the hardware has it")
+            if name != "train":
+                add("--precision", choices=("auto", "bf16", "fp32"), default="auto")
         if place:
-            add("--url", help="a mirror to download the pets from")
+            add("--url", default=PETS_URL, help="a mirror to download the pets from")
             add("--data", help=OPTIONS[0][3], default=place["data"])
             add("--root", help=OPTIONS[1][3], default=place["root"])
         return sub, add
 
     sub, add = command("train", "train from scratch, score the test split, draw the curves", True)
     add("model", nargs="?", choices=MODELS)
-    add("--resume", metavar="RUN", help="go on with the run in this folder; of the other options only "
-        "--epochs, --device, --save-every, --data and --root may then be given")
+    add("--resume", metavar="RUN", help="go on with the run in this folder; of the other options "
+        "only --epochs, --device, --save-every, --data and --root may then change")
     add("--out", default="runs", help="where the run's folder is made")
-    add("--url", help="a mirror to download the pets from")
+    add("--url", default=PETS_URL, help="a mirror to download the pets from")
     for name, default, kind, text in OPTIONS:
         how = {"action": "store_true"} if kind is bool else (
             {"choices": kind} if isinstance(kind, tuple) else {"type": kind})
@@ -117,7 +111,7 @@ def command_line():
     add("--split", choices=("train", "valid", "test"), default="test")
     add("--out", default="evaluation", help="the folder of the results")
 
-    sub, add = command("infer", "masks, overlays, cut-outs of pictures; without any: the test split",
+    sub, add = command("infer", "masks, overlays, cut-outs of pictures, or of the test split",
                        True, True, data=None, root="data")
     add("pictures", nargs="*", metavar="IMAGE|FOLDER")
     add("--save", help="some of mask,overlay,cutout,panel")
@@ -131,18 +125,18 @@ def command_line():
     add("action", nargs="?", choices=("get", "check", "toy"), default="check")
     add("--trainval", type=positive, default=400, help="toys to train with")
     add("--test", type=positive, default=100, help="toys to test with")
-    add("--seed", type=int, default=0, help="of the toys")
+    add("--seed", type=number(int, 0), default=0, help="of the toys")
 
     sub, add = command("summary", "a table of layers: shape, parameters, multiply-adds")
     add("model", choices=MODELS)
-    add("--size", type=size, default=256)
+    add("--size", type=side, default=256)
     add("--width", type=positive, default=64)
     add("--up", choices=("transpose", "bilinear"), default="transpose")
 
     sub, add = command("bench", "images per second and peak memory: the plain loop and this one",
                        True, data="toy", root="data")
     add("model", choices=MODELS)
-    add("--size", type=size, default=128)
+    add("--size", type=side, default=128)
     add("--width", type=positive, default=16)
     add("--batch", type=positive, default=16)
     add("--rounds", type=positive, default=3)
@@ -150,7 +144,7 @@ def command_line():
     return parser
 
 
-# Words are read before torch is, whose import takes a second: --help and typing errors come at once.
+# The words are read before torch, whose import takes a second: help and typing errors come at once.
 ARGS = command_line().parse_args() if __name__ == "__main__" else None
 
 import copy
@@ -163,6 +157,7 @@ import pickle
 import platform
 import signal
 import subprocess
+import threading
 import time
 import zipfile
 from datetime import datetime
@@ -188,14 +183,29 @@ def answer(args, text, result):
     print(json.dumps(result) if args.json else text, flush=True)
 
 
+def table(rows):
+    """Dicts of the same names as columns of text, the first to the left, numbers to the right."""
+    def cell(value):
+        if isinstance(value, float):
+            return f"{value:.4f}"
+        return f"{value:,}" if isinstance(value, int) else "-" if value is None else str(value)
+
+    lines = [[name.replace("_", " ") for name in rows[0]]]
+    lines += [[cell(value) for value in row.values()] for row in rows]
+    wide = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join([line[0].ljust(wide[0])] + [c.rjust(w) for c, w in
+                               zip(line[1:], wide[1:])]) for line in lines)
+
+
 def clock(seconds):
     """Seconds as 1:02:03 or 2:03."""
     minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 class Line:
-    """A line on stderr that renews itself in a terminal, and is a line each half minute in a log."""
+    """A line on stderr that renews itself in a terminal; in a log, a line each half minute."""
 
     def __init__(self):
         self.terminal = sys.stderr.isatty()
@@ -206,9 +216,10 @@ class Line:
         return time.monotonic() - self.shown > (0.2 if self.terminal else 30)
 
     def show(self, text):
-        self.shown = time.monotonic()
-        print(f"\r{text}\x1b[K" if self.terminal else text, end="" if self.terminal else "\n",
-              file=sys.stderr, flush=True)
+        if self.due():
+            self.shown = time.monotonic()
+            print(f"\r{text}\x1b[K" if self.terminal else text, file=sys.stderr, flush=True,
+                  end="" if self.terminal else "\n")
 
     def end(self, text):
         say(f"\r{text}\x1b[K" if self.terminal else text)
@@ -226,7 +237,7 @@ def progress(what, unit="images", scale=1):
         text = f"{what}: {done / scale:,.0f} of {total / scale:,.0f} {unit}"
         if done >= total:
             line.end(f"{text}, {clock(seconds)}")
-        elif line.due():
+        else:
             left = clock((total - done) / speed) if speed else "?"
             line.show(f"{text}, {speed / scale:,.1f} {unit}/s, {left} left")
 
@@ -266,13 +277,6 @@ def scores(counts):
         "recall": tp / (tp + fn) if tp + fn else 1.0,
         "accuracy": (tp + tn) / max(1, tp + fp + fn + tn), "images": len(counts),
     }
-
-
-def score_table(s):
-    """Scores in two lines for people."""
-    return (f"Dice {s['dice']:.4f}  IoU {s['iou']:.4f}  (mean over {s['images']} images)\n"
-            f"all pixels: Dice {s['dataset_dice']:.4f}  IoU {s['dataset_iou']:.4f}  precision "
-            f"{s['precision']:.4f}  recall {s['recall']:.4f}  accuracy {s['accuracy']:.4f}")
 
 
 # ------------------------------------------------------------------------ learning-rate schedules
@@ -322,7 +326,8 @@ SCHEDULES = {"constant": constant, "cosine": cosine, "plateau": plateau,
 
 def pick_device(name):
     """The device asked for, or the best there is."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
     if name == "auto":
         name = next(kind for kind, here in there.items() if here)
     if not there[name]:
@@ -344,26 +349,21 @@ def pick_precision(name, device):
 
 def find_data(choice, root, url):
     """The folder that --data means, fetched or drawn if it has to be; returns (its name, it)."""
+    if choice not in ("auto", "pets", "toy"):
+        return "".join(c if c.isalnum() else "-" for c in Path(choice).resolve().name), Path(choice)
     pets, toys = Path(root) / data.PETS, Path(root) / data.TOYS
-    name = {"auto": "pets"}.get(choice, choice)
-    if name == "pets" and not all((pets / part).is_dir() for part in ("images", "annotations")):
-        source = url or data.PETS_URL
-        try:
-            if choice == "auto" and not data.reachable(source):
-                raise data.DownloadFailed(f"{source} cannot be reached")
-            data.get_pets(root, source, progress("download", "MB", 1e6))
+    if choice != "toy":
+        try:  # what is there already is not fetched again
+            return "pets", data.get_pets(root, url, progress("download", "MB", 1e6))
         except data.DownloadFailed as failure:
             if choice == "pets":
                 raise
-            say(f"!!! The pets are not on this disk and could not be downloaded: {failure}.\n"
-                "!!! What follows uses TOY PETS, drawn by this program, not real photos.\n"
-                "!!! For the real ones: petseg.py data get, or --data FOLDER.")
-            name = "toy"
-    if name == "toy" and not toys.is_dir():
+            say(f"!!! The pets are not in {pets} and could not be fetched: {failure}.\n"
+                "!!! What follows uses TOY PETS, drawn by this program: its scores say nothing\n"
+                "!!! about real photos. For the real pets: petseg.py data get, or --data FOLDER.")
+    if not toys.is_dir():
         data.make_toys(root, progress("draw toy pets"))
-    if name in ("pets", "toy"):
-        return name, pets if name == "pets" else toys
-    return "".join(c if c.isalnum() else "-" for c in Path(choice).resolve().name), Path(choice)
+    return "toy", toys
 
 
 def open_split(folder, split, side, root):
@@ -371,8 +371,8 @@ def open_split(folder, split, side, root):
     what = f"cache {split} at {side}×{side}"
     found = data.open_split(folder, split, (side, side), Path(root) / "cache", progress(what))
     if found.skipped:
-        say(f"petseg: {len(found.skipped)} pictures of {split} are missing or unreadable and left "
-            "out; the first: " + "; ".join(found.skipped[:5]))
+        say(f"petseg: {len(found.skipped)} pictures of {split} are missing or unreadable and are "
+            "left out; the first: " + "; ".join(found.skipped[:5]))
     return found
 
 
@@ -426,7 +426,8 @@ def draw_samples(path, segmenter, split, chosen, side=160):
     dice = overlap(confusion(masks, target))[0].tolist()
     truths, masks = (target == 1).cpu().numpy(), masks.cpu().numpy()
     panels = [data.panel(data.picture(split.images[i]), truths[k], masks[k],
-                         f"{split.names[i]}  Dice {dice[k]:.3f}", side) for k, i in enumerate(chosen)]
+                         f"{split.names[i]}  Dice {dice[k]:.3f}", side)
+              for k, i in enumerate(chosen)]
     data.save_picture(data.gallery(panels), path)
 
 
@@ -460,14 +461,13 @@ def load(path, kind, device="cpu"):
     return content
 
 
-def load_segmenter(args):
-    """The network of --ckpt, on --device, ready to predict."""
-    device = pick_device(args.device)
-    about = load(args.ckpt, "network", device)
+def load_segmenter(path, device="auto", precision="auto", threshold=0.5, tta=False):
+    """The network of a best.pt, ready to predict."""
+    device = pick_device(device)
+    about = load(path, "network", device)
     network = build(about).to(device)
     network.load_state_dict(about.pop("weights"))
-    return Segmenter(network, about, device, pick_precision(args.precision, device), args.threshold,
-                     args.tta)
+    return Segmenter(network, about, device, pick_precision(precision, device), threshold, tta)
 
 
 # ------------------------------------------------------------------------------------------ train
@@ -503,7 +503,7 @@ def start_or_resume(args, device):
     name, _ = find_data(asked, given.get("root", "data"), args.url)
     run = {**settings(args.model, device, name == "toy"), **given,
            "data": name if asked == "auto" else asked,
-           "precision": pick_precision(args.precision, device)}
+           "precision": pick_precision(given.get("precision", "auto"), device)}
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = Path(args.out) / f"{name}-{args.model}-{stamp}-{os.urandom(2).hex()}"
     return folder, argparse.Namespace(**run), None
@@ -545,23 +545,6 @@ def follow(average, network, keep, steps):
             mean.lerp_(value, 1 - keep)
         else:
             mean.copy_(value)
-
-
-class Stop:
-    """Ctrl-C only asks; the loop answers when the step is done. A second Ctrl-C does not wait."""
-
-    def __enter__(self):
-        self.asked = False
-        self.before = signal.signal(signal.SIGINT, self.ask)
-        return self
-
-    def ask(self, *_):
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def __exit__(self, *_):
-        signal.signal(signal.SIGINT, self.before)
 
 
 def train(args):
@@ -606,60 +589,67 @@ def train(args):
     images, per_step = len(train_set.names) * run.repeat, run.batch * run.accumulate
     per_epoch = math.ceil(images / per_step)
     line, started, first = Line(), time.monotonic(), (epoch - 1) * per_epoch + step
-    with Stop() as stop:
-        while epoch <= run.epochs:
-            began = time.monotonic() - seconds
-            network.train()
-            groups = data.shuffled(len(train_set.names), run.repeat, run.seed, epoch).split(per_step)
-            for step in range(step, per_epoch):
-                seconds = time.monotonic() - began
-                if stop.asked:
-                    save_state()
-                    line.end(f"petseg: stopped in epoch {epoch} and saved; to go on: "
-                             f"petseg.py train --resume {folder}")
-                    raise SystemExit(130)
-                done = (epoch - 1) * per_epoch + step
-                rate = SCHEDULES[run.schedule](run, done, per_epoch,
-                                               [row["valid_dice"] for row in history])
-                for parameters in optimizer.param_groups:
-                    parameters["lr"] = rate
-                sums += train_step(run, compiled, optimizer, train_set, groups[step], epoch, step)
-                if run.ema:
-                    follow(average, network, run.ema, done)
-                if line.due() or step + 1 == per_epoch:  # to read the loss makes a GPU wait: seldom
-                    now, seen = time.monotonic(), min((step + 1) * per_step, images)
-                    loss, speed = sums[0].item() / seen, seen / (now - began)
-                    if not math.isfinite(loss):
-                        raise Problem(
-                            f"the loss became {loss} in epoch {epoch}, step {step + 1}; the last good "
-                            f"checkpoint is kept in {folder}; try a lower --lr, or --precision fp32")
-                    left = (now - started) / (done + 1 - first) * (run.epochs * per_epoch - done - 1)
-                    line.show(f"epoch {epoch}/{run.epochs}  step {step + 1}/{per_epoch}  "
-                              f"loss {loss:.4f}  {speed:.0f} images/s  {clock(left)} left")
+    stop = threading.Event()  # Ctrl-C only asks, the loop answers; a second one does not wait
 
-            valid_loss, counts = score_split(segmenter, valid_set, run.batch, run.loss)
-            valid, (train_loss, train_dice, train_iou) = scores(counts), (sums / images).tolist()
-            best = all(valid["dice"] > row["valid_dice"] for row in history)
-            history.append({
-                "epoch": epoch, "train_loss": train_loss, "train_dice": train_dice,
-                "train_iou": train_iou, "valid_loss": valid_loss, "valid_dice": valid["dice"],
-                "valid_iou": valid["iou"], "lr": rate, "seconds": time.monotonic() - began,
-                "images_per_second": speed})
-            line.end(f"epoch {epoch}/{run.epochs}  train loss {train_loss:.4f} Dice {train_dice:.4f}  "
-                     f"valid loss {valid_loss:.4f} Dice {valid['dice']:.4f}{' *' if best else '  '}  "
-                     f"{clock(time.monotonic() - began)}, {speed:.0f} images/s")
-            if best:  # before last.pt: killed in between, the epoch is done again and writes the same
-                save_network(folder / "best.pt", average, about, run, history[-1])
-            epoch, step, seconds = epoch + 1, 0, 0.0
-            sums.zero_()
-            save_state()
-            if run.save_every and (epoch - 1) % run.save_every == 0:
-                save_network(folder / f"epoch-{epoch - 1}.pt", average, about, run, history[-1])
-            with data.whole_file(folder / "metrics.csv") as file:
-                write_table(file, history, list(history[0]))
-            data.draw_curves(folder / "curves.png", {folder.name: history})
-            draw_samples(folder / "samples.png", segmenter, valid_set,
-                         np.linspace(0, len(valid_set.names) - 1, 8).astype(int))
+    def ask(*_):
+        stop.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, ask)
+    while epoch <= run.epochs:
+        began = time.monotonic() - seconds
+        network.train()
+        groups = data.shuffled(len(train_set.names), run.repeat, run.seed, epoch).split(per_step)
+        for step in range(step, per_epoch):
+            seconds = time.monotonic() - began
+            if stop.is_set():
+                save_state()
+                line.end(f"petseg: stopped in epoch {epoch} and saved; to go on: "
+                         f"petseg.py train --resume {folder}")
+                raise SystemExit(130)
+            done = (epoch - 1) * per_epoch + step
+            rate = SCHEDULES[run.schedule](run, done, per_epoch,
+                                           [row["valid_dice"] for row in history])
+            for parameters in optimizer.param_groups:
+                parameters["lr"] = rate
+            sums += train_step(run, compiled, optimizer, train_set, groups[step], epoch, step)
+            if run.ema:
+                follow(average, network, run.ema, done)
+            if line.due() or step + 1 == per_epoch:  # to read the loss makes a GPU wait: seldom
+                now, seen = time.monotonic(), min((step + 1) * per_step, images)
+                loss, speed = sums[0].item() / seen, seen / (now - began)
+                if not math.isfinite(loss):
+                    raise Problem(
+                        f"the loss became {loss} in epoch {epoch}, step {step + 1}; the last good "
+                        f"checkpoint is kept in {folder}; try a lower --lr, or --precision fp32")
+                left = (now - started) / (done + 1 - first) * (run.epochs * per_epoch - done - 1)
+                line.show(f"epoch {epoch}/{run.epochs}  step {step + 1}/{per_epoch}  "
+                          f"loss {loss:.4f}  {speed:.0f} images/s  {clock(left)} left")
+
+        valid_loss, counts = score_split(segmenter, valid_set, run.batch, run.loss)
+        valid, (train_loss, train_dice, train_iou) = scores(counts), (sums / images).tolist()
+        best = all(valid["dice"] > row["valid_dice"] for row in history)
+        history.append({
+            "epoch": epoch, "train_loss": train_loss, "train_dice": train_dice,
+            "train_iou": train_iou, "valid_loss": valid_loss, "valid_dice": valid["dice"],
+            "valid_iou": valid["iou"], "lr": rate, "seconds": time.monotonic() - began,
+            "images_per_second": speed})
+        line.end(f"epoch {epoch}/{run.epochs}  train loss {train_loss:.4f} Dice {train_dice:.4f}  "
+                 f"valid loss {valid_loss:.4f} Dice {valid['dice']:.4f}{' *' if best else '  '}  "
+                 f"{clock(time.monotonic() - began)}, {speed:.0f} images/s")
+        if best:  # before last.pt: killed in between, the epoch is done again and writes the same
+            save_network(folder / "best.pt", average, about, run, history[-1])
+        epoch, step, seconds = epoch + 1, 0, 0.0
+        sums.zero_()
+        save_state()
+        if run.save_every and (epoch - 1) % run.save_every == 0:
+            save_network(folder / f"epoch-{epoch - 1}.pt", average, about, run, history[-1])
+        with data.whole_file(folder / "metrics.csv") as file:
+            write_table(file, history, list(history[0]))
+        data.draw_curves(folder / "curves.png", {folder.name: history})
+        draw_samples(folder / "samples.png", segmenter, valid_set,
+                     np.linspace(0, len(valid_set.names) - 1, 8).astype(int))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     finish(args, folder, run, history, source)
 
 
@@ -698,8 +688,7 @@ def write_config(folder, run, device):
 
 def finish(args, folder, run, history, source):
     """Scores the test split (valid, where there is none) with best.pt as a user will load it."""
-    args.ckpt, args.threshold, args.tta = folder / "best.pt", 0.5, False
-    segmenter = load_segmenter(args)
+    segmenter = load_segmenter(folder / "best.pt", args.device, run.precision)
     name = data.splits(source)[-1]
     split = open_split(source, name, run.size, run.root)
     _, counts = score_split(segmenter, split)
@@ -709,8 +698,8 @@ def finish(args, folder, run, history, source):
               "valid_dice": trained["valid_dice"],
               "seconds": sum(row["seconds"] for row in history), **scores(counts)}
     write_json(folder / f"{name}.json", result)
-    answer(args, f"best epoch {result['epoch']}: valid Dice {result['valid_dice']:.4f}\n"
-           f"{name} split, by best.pt: {score_table(result)}\n{folder}", result)
+    answer(args, f"{folder}: best epoch {result['epoch']}, valid Dice {result['valid_dice']:.4f}\n"
+           + table([{"split": name, **scores(counts)}]), result)
 
 
 # ------------------------------------------------------------------- eval, infer, compare, data
@@ -723,7 +712,8 @@ def choose_data(args, segmenter):
 
 def evaluate(args):
     """Scores a split with a trained network: as a whole, breed by breed, and the worst images."""
-    segmenter, out = load_segmenter(args), Path(args.out)
+    segmenter = load_segmenter(args.ckpt, args.device, args.precision, args.threshold, args.tta)
+    out = Path(args.out)
     split = open_split(choose_data(args, segmenter), args.split, segmenter.about["size"], args.root)
     _, counts = score_split(segmenter, split)
     breeds = {}
@@ -734,11 +724,10 @@ def evaluate(args):
     write_json(out / f"{args.split}.json", result)
     worst = out / f"worst-{args.split}.png"
     draw_samples(worst, segmenter, split, overlap(counts)[0].argsort()[:12].numpy())
-    table = [f"{breed:30} {s['images']:6} {s['dice']:8.4f} {s['iou']:8.4f}"
-             for breed, s in sorted(breeds.items(), key=lambda item: item[1]["dice"])]
-    answer(args, "\n".join([f"{'breed':30} {'images':>6} {'Dice':>8} {'IoU':>8}", *table, "",
-                            f"{args.split} split: {score_table(result)}",
-                            f"the worst images: {worst}"]), result)
+    rows = [{"breed": breed, **breeds[breed]} for breed in
+            sorted(breeds, key=lambda breed: breeds[breed]["dice"])]
+    rows.append({"breed": f"all of {args.split}", **scores(counts)})
+    answer(args, f"{table(rows)}\nthe worst images: {worst}", result)
 
 
 def unique_names(paths):
@@ -756,7 +745,8 @@ def unique_names(paths):
 
 def infer(args):
     """Finds the pets in pictures of any size and writes what --save names, and a table of all."""
-    segmenter, out = load_segmenter(args), Path(args.out)
+    segmenter = load_segmenter(args.ckpt, args.device, args.precision, args.threshold, args.tta)
+    out = Path(args.out)
     if args.pictures:
         paths = data.find_pictures(args.pictures)
         truths = [data.find_truth(path) for path in paths]
@@ -797,13 +787,15 @@ def infer_one(segmenter, path, truth, kinds, output):
     photo, side = data.read_image(path), segmenter.about["size"]
     logits = predict(segmenter, data.pixels(photo, (side, side)).to(segmenter.device))
     small = logits[0, 0].sigmoid().cpu().numpy()
-    large = data.enlarge(small, photo.size)
+    large = data.enlarge(small, photo.size[::-1])
     mask, answers = large >= segmenter.threshold, None
     left, top, right, bottom = data.bounding_box(mask)
     row = {"pet_share": mask.mean(), "left": left, "top": top, "right": right, "bottom": bottom,
            "confidence": np.maximum(large, 1 - large).mean()}
     if truth:
-        answers = data.read_trimap(truth, photo.size)
+        answers = data.read_trimap(truth)
+        if answers.shape != mask.shape:
+            raise Problem(f"{path} and its trimap {truth} are of different sizes")
         for prefix, guess, right_one in (
                 ("", small >= segmenter.threshold, data.shrink(answers, small.shape)),
                 ("own_size_", mask, answers)):
@@ -831,20 +823,13 @@ def compare(args):
         histories[folder.name] = history
         rows.append({
             "run": folder.name, "model": config["model"], "width": config["width"],
-            "size": config["size"], "parameters": sum(p.numel() for p in build(config).parameters()),
-            "epochs": len(history), "best_epoch": int(best["epoch"]),
+            "parameters": sum(p.numel() for p in build(config).parameters()),
+            "size": config["size"], "epochs": len(history), "best_epoch": int(best["epoch"]),
             "valid_dice": best["valid_dice"], "valid_iou": best["valid_iou"],
             "test_dice": json.loads(test.read_text())["dice"] if test.is_file() else None,
             "seconds": sum(row["seconds"] for row in history)})
     data.draw_curves(args.out, histories)
-    wide = max(len(row["run"]) for row in rows)
-    lines = [f"{'run':{wide}}  parameters  size  epochs  best  valid Dice  test Dice     time"]
-    for r in rows:
-        test = "-" if r["test_dice"] is None else f"{r['test_dice']:.4f}"
-        lines.append(f"{r['run']:{wide}}  {r['parameters']:10,}  {r['size']:4}  {r['epochs']:6}  "
-                     f"{r['best_epoch']:4}  {r['valid_dice']:10.4f}  {test:>9}  "
-                     f"{clock(r['seconds']):>7}")
-    answer(args, "\n".join([*lines, args.out]), {"runs": rows, "picture": args.out})
+    answer(args, f"{table(rows)}\n{args.out}", {"runs": rows, "picture": args.out})
 
 
 def manage_data(args):
@@ -853,16 +838,15 @@ def manage_data(args):
         folder = data.make_toys(args.root, progress("draw toy pets"), args.seed, args.trainval,
                                 args.test)
     elif args.action == "get":
-        folder = data.get_pets(args.root, args.url or data.PETS_URL, progress("download", "MB", 1e6))
+        folder = data.get_pets(args.root, args.url, progress("download", "MB", 1e6))
     else:
         folder = find_data(args.data, args.root, args.url)[1]
     found = data.check(folder, progress("check"))
     faults = [fault for _, bad in found.values() for fault in bad]
-    text = [f"{split:6} {number:6} pictures, {len(bad)} at fault"
+    rows = [{"split": split, "pictures": number, "at_fault": len(bad)}
             for split, (number, bad) in found.items()]
-    answer(args, "\n".join([str(folder), *text]), {
-        "folder": str(folder), "faults": faults,
-        "pictures": {split: number for split, (number, _) in found.items()}})
+    answer(args, f"{folder}\n{table(rows)}",
+           {"folder": str(folder), "splits": rows, "faults": faults})
     if faults:
         raise Problem(f"{len(faults)} pictures of {folder} are at fault: " + "; ".join(faults[:5]))
 
@@ -875,13 +859,15 @@ def summary(args):
     rows = []
 
     def note(name, layer, inputs, output):
-        weights = sum(p.numel() for p in layer.parameters())
         macs = 0
         if isinstance(layer, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
             # a convolution works for each of its outputs, a transposed one for each of its inputs
             places = (output if isinstance(layer, torch.nn.Conv2d) else inputs)[0, 0].numel()
             macs = places * layer.weight.numel()
-        rows.append((name, type(layer).__name__, list(output.shape[1:]), weights, macs))
+        rows.append({"layer": name, "kind": type(layer).__name__,
+                     "output": "×".join(map(str, output.shape[1:])),
+                     "parameters": sum(p.numel() for p in layer.parameters()),
+                     "multiply_adds": macs})
 
     with torch.device("meta"):  # shapes alone: nothing is computed
         network = layers.MODELS[args.model](width=args.width, up=args.up)
@@ -890,15 +876,9 @@ def summary(args):
                 layer.register_forward_hook(
                     lambda layer, inputs, output, name=name: note(name, layer, inputs[0], output))
         network(torch.zeros(1, 3, args.size, args.size))
-    weights, macs = (sum(row[i] for row in rows) for i in (3, 4))
-    lines = [f"{'layer':28} {'kind':16} {'output':>18} {'parameters':>12} {'multiply-adds':>15}"]
-    lines += [f"{name:28} {kind:16} {'×'.join(map(str, shape)):>18} {p:12,} {m:15,}"
-              for name, kind, shape, p, m in rows]
-    lines.append(f"{'all':28} {args.model:16} {'':18} {weights:12,} {macs:15,}")
-    answer(args, "\n".join(lines), {
-        "model": args.model, "size": args.size, "width": args.width, "parameters": weights,
-        "multiply_adds": macs, "layers": [dict(zip(("name", "kind", "output", "parameters",
-                                                    "multiply_adds"), row)) for row in rows]})
+    total = {name: sum(row[name] for row in rows) for name in ("parameters", "multiply_adds")}
+    answer(args, table([*rows, {"layer": "all", "kind": args.model, "output": "", **total}]),
+           {"model": args.model, "size": args.size, "width": args.width, **total, "layers": rows})
 
 
 def bench(args):
@@ -911,21 +891,20 @@ def bench(args):
     for turn in range(args.rounds):
         for way in results:
             line.show(f"round {turn + 1} of {args.rounds}: {way}")
-            child = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--only", way, "--json"],
-                                   capture_output=True, text=True)
+            words = [sys.executable, __file__, *sys.argv[1:], "--only", way, "--json"]
+            child = subprocess.run(words, capture_output=True, text=True)
             if child.returncode:
                 raise Problem(child.stderr.strip().splitlines()[-1].removeprefix("petseg: "))
             results[way].append(json.loads(child.stdout.splitlines()[-1]))
     middle = {way: {key: float(np.median([r[key] for r in rounds])) for key in rounds[0]}
               for way, rounds in results.items()}
-    lines = [f"{args.model}, width {args.width}, {args.size}×{args.size}, batch {args.batch}, "
-             f"median of {args.rounds} rounds", f"{'':24} {'plain':>10} {'petseg':>10} {'ratio':>7}"]
-    labels = {"train": "train, images/s", "infer": "infer, images/s", "memory": "peak memory, MB"}
-    for key, label in labels.items():
-        a, b = middle["plain"][key], middle["petseg"][key]
-        lines.append(f"{label:24} {a:10.1f} {b:10.1f} {b / a:7.2f}")
-    line.end("done")
-    answer(args, "\n".join(lines), {"model": args.model, **middle, "rounds": results})
+    rows = [{args.model: label, "plain": middle["plain"][key], "petseg": middle["petseg"][key],
+             "ratio": middle["petseg"][key] / middle["plain"][key]}
+            for key, label in (("train", "train, images/s"), ("infer", "infer, images/s"),
+                               ("memory", "peak memory, MB"))]
+    line.end(f"width {args.width}, {args.size}×{args.size}, batch {args.batch}, median of "
+             f"{args.rounds} rounds")
+    answer(args, table(rows), {"model": args.model, **middle, "rounds": results})
 
 
 def plain_way(args, run, network, optimizer, device):
