@@ -730,13 +730,15 @@ def font(size):
 
 
 def panel(photo, truth, mask, caption, side=256):
-    """photo | truth (where known) | prediction in a row, each `side` high, with a caption above."""
+    """photo | truth (where known) | prediction in a row, each `side` high, with names above."""
     width = max(1, round(side * photo.width / photo.height))
-    tiles = [photo] + [overlay(photo, shown) for shown in (truth, mask) if shown is not None]
+    tiles = [(caption, photo), ("truth", truth), ("prediction", mask)]
+    tiles = [(name, tile) for name, tile in tiles if tile is not None]
     row = Image.new("RGB", (len(tiles) * (width + 4) - 4, side + 24), "white")
-    ImageDraw.Draw(row).text((2, 4), caption, "black", font(14))
-    for i, tile in enumerate(tiles):
+    for i, (name, tile) in enumerate(tiles):
+        tile = overlay(photo, tile) if i else tile
         row.paste(tile.resize((width, side), Image.Resampling.BICUBIC), (i * (width + 4), 24))
+        ImageDraw.Draw(row).text((i * (width + 4), 4), name, "black", font(13))
     return row
 
 
@@ -827,7 +829,7 @@ def draw_curves(path, runs):
     with its train curves and its best epoch named; several are told apart by colour."""
     image = Image.new("RGB", (2400, 1080), "white")  # at twice the size, for smooth edges
     draw = ImageDraw.Draw(image)
-    for measure, title, box in (("loss", "loss", (110, 30, 1150, 960)),
+    for measure, title, box in (("loss", "Loss", (110, 30, 1150, 960)),
                                 ("dice", "Dice", (1310, 30, 2350, 960))):
         curves, marks = [], []
         for i, (name, rows) in enumerate(runs.items()):
@@ -835,7 +837,7 @@ def draw_curves(path, runs):
             for part, colour in zip(("train", "valid"), colours):
                 label = part if len(runs) == 1 else f"{name} {part}"
                 points = [(row["epoch"], row[f"{part}_{measure}"]) for row in rows]
-                curves.append(Curve(label, colour, 3 if part == "train" else 6, points))
+                curves.append(Curve(label, colour, 4 if part == "train" else 7, points))
             best = max(rows, key=lambda row: row["valid_dice"])
             text = f"best {best['valid_dice']:.4f}, epoch {best['epoch']}"
             named = measure == "dice" and len(runs) == 1
