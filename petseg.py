@@ -15,7 +15,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that says in one line what is wrong."""
 
     def error(self, message):
-        self.exit(2, f"petseg: {message}; see petseg.py {sys.argv[1] if sys.argv[1:] else ''} -h\n")
+        self.exit(2, f"petseg: {message}; see {self.prog} --help\n")
 
 
 def number(kind, low, high=float("inf")):
@@ -76,65 +76,66 @@ def command_line():
     parser = Parser(prog="petseg.py", description="Segments pets from photos, pixel by pixel.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name, text, device=False, ckpt=False, **place):
+    def command(name, text, *parts):
         sub = commands.add_parser(name, help=text, description=text)
         add = sub.add_argument
         add("--json", action="store_true", help="end with the result as one JSON object")
-        if ckpt:
+        if "network" in parts:
             add("--ckpt", required=True, help="the best.pt of a run")
             add("--threshold", type=fraction, default=0.5, help="probability that makes a pet")
             add("--tta", action="store_true", help="average with the mirrored picture")
-        if device:
+        if "device" in parts:
             add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-            if name != "train":
-                add("--precision", choices=("auto", "bf16", "fp32"), default="auto")
-        if place:
+        if "precision" in parts:
+            add("--precision", choices=("auto", "bf16", "fp32"), default="auto")
+        if "data" in parts:
+            add("--data", help=OPTIONS[0][3])
+            add("--root", help=OPTIONS[1][3], default="data")
+        if "data" in parts or "url" in parts:
             add("--url", default=PETS_URL, help="a mirror to download the pets from")
-            add("--data", help=OPTIONS[0][3], default=place["data"])
-            add("--root", help=OPTIONS[1][3], default=place["root"])
-        return sub, add
+        return add
 
-    sub, add = command("train", "train from scratch, score the test split, draw the curves", True)
+    add = command("train", "train from scratch, score the test split, draw the curves",
+                  "device", "url")
     add("model", nargs="?", choices=MODELS)
     add("--resume", metavar="RUN", help="go on with the run in this folder; of the other options "
         "only --epochs, --device, --save-every, --data and --root may then change")
     add("--out", default="runs", help="where the run's folder is made")
-    add("--url", default=PETS_URL, help="a mirror to download the pets from")
     for name, default, kind, text in OPTIONS:
         how = {"action": "store_true"} if kind is bool else (
             {"choices": kind} if isinstance(kind, tuple) else {"type": kind})
         note = "" if default is None or kind is bool else f" ({default})"
         add(f"--{name}", default=argparse.SUPPRESS, help=text + note, **how)
 
-    sub, add = command("eval", "score a split; a table by breed; the worst images in one picture",
-                       True, True, data=None, root="data")
+    add = command("eval", "score a split; a table by breed; the worst images in one picture",
+                  "network", "device", "precision", "data")
     add("--split", choices=("train", "valid", "test"), default="test")
     add("--out", default="evaluation", help="the folder of the results")
 
-    sub, add = command("infer", "masks, overlays, cut-outs of pictures, or of the test split",
-                       True, True, data=None, root="data")
+    add = command("infer", "masks, overlays, cut-outs of pictures, or of the test split",
+                  "network", "device", "precision", "data")
     add("pictures", nargs="*", metavar="IMAGE|FOLDER")
     add("--save", help="some of mask,overlay,cutout,panel")
     add("--out", default="predictions", help="the folder of the results")
 
-    sub, add = command("compare", "the curves of several runs in one picture, and a table")
+    add = command("compare", "the curves of several runs in one picture, and a table")
     add("runs", nargs="+", metavar="RUN")
     add("--out", default="compare.png", help="the picture")
 
-    sub, add = command("data", "fetch, verify, or draw the data", data="auto", root="data")
+    add = command("data", "fetch, verify, or draw the data", "data")
     add("action", nargs="?", choices=("get", "check", "toy"), default="check")
     add("--trainval", type=positive, default=400, help="toys to train with")
     add("--test", type=positive, default=100, help="toys to test with")
     add("--seed", type=number(int, 0), default=0, help="of the toys")
 
-    sub, add = command("summary", "a table of layers: shape, parameters, multiply-adds")
+    add = command("summary", "a table of layers: shape, parameters, multiply-adds")
     add("model", choices=MODELS)
     add("--size", type=side, default=256)
     add("--width", type=positive, default=64)
     add("--up", choices=("transpose", "bilinear"), default="transpose")
 
-    sub, add = command("bench", "images per second and peak memory: the plain loop and this one",
-                       True, data="toy", root="data")
+    add = command("bench", "images per second and peak memory: the plain loop and this one",
+                  "device", "precision", "data")
     add("model", choices=MODELS)
     add("--size", type=side, default=128)
     add("--width", type=positive, default=16)
@@ -466,7 +467,10 @@ def load_segmenter(path, device="auto", precision="auto", threshold=0.5, tta=Fal
     device = pick_device(device)
     about = load(path, "network", device)
     network = build(about).to(device)
-    network.load_state_dict(about.pop("weights"))
+    try:
+        network.load_state_dict(about.pop("weights"))
+    except RuntimeError as error:
+        raise Problem(f"the weights in {path} do not fit the network that it describes") from error
     return Segmenter(network, about, device, pick_precision(precision, device), threshold, tta)
 
 
@@ -790,8 +794,8 @@ def infer_one(segmenter, path, truth, kinds, output):
     large = data.enlarge(small, photo.size[::-1])
     mask, answers = large >= segmenter.threshold, None
     left, top, right, bottom = data.bounding_box(mask)
-    row = {"pet_share": mask.mean(), "left": left, "top": top, "right": right, "bottom": bottom,
-           "confidence": np.maximum(large, 1 - large).mean()}
+    row = {"pet_share": float(mask.mean()), "left": left, "top": top, "right": right, "bottom": bottom,
+           "confidence": float(np.maximum(large, 1 - large).mean())}
     if truth:
         answers = data.read_trimap(truth)
         if answers.shape != mask.shape:
@@ -840,7 +844,7 @@ def manage_data(args):
     elif args.action == "get":
         folder = data.get_pets(args.root, args.url, progress("download", "MB", 1e6))
     else:
-        folder = find_data(args.data, args.root, args.url)[1]
+        folder = find_data(args.data or "auto", args.root, args.url)[1]
     found = data.check(folder, progress("check"))
     faults = [fault for _, bad in found.values() for fault in bad]
     rows = [{"split": split, "pictures": number, "at_fault": len(bad)}
@@ -885,7 +889,7 @@ def bench(args):
     """Times the plain way of doing it against this program's, in fresh processes by turns."""
     if args.only:
         return answer(args, "", measure(args))
-    find_data(args.data, args.root, args.url)
+    find_data(args.data or "toy", args.root, args.url)
     results = {"plain": [], "petseg": []}
     line = Line()
     for turn in range(args.rounds):
@@ -910,7 +914,7 @@ def bench(args):
 def plain_way(args, run, network, optimizer, device):
     """How it is usually done: fp32, contiguous, each picture read from its file every time and
     augmented by itself. Returns a training step and a prediction."""
-    samples = data.list_samples(find_data(args.data, args.root, args.url)[1], "train")
+    samples = data.list_samples(find_data(args.data or "toy", args.root, args.url)[1], "train")
     network.to(memory_format=torch.contiguous_format)
 
     def read(index):
@@ -939,7 +943,7 @@ def plain_way(args, run, network, optimizer, device):
 
 def this_way(args, run, network, optimizer, device):
     """The same two as this program does them."""
-    source = find_data(args.data, args.root, args.url)[1]
+    source = find_data(args.data or "toy", args.root, args.url)[1]
     split = open_split(source, "train", args.size, args.root)
     segmenter = Segmenter(network, {"mean": data.MEAN, "std": data.STD}, device, run.precision)
 
@@ -999,8 +1003,9 @@ def main():
         message = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}" + (
             "; make room and start again" if full else "")
     except (MemoryError, RuntimeError) as error:
-        # torch's own out-of-memory error on a GPU is a RuntimeError as well
-        if not any(word in str(error) for word in ("out of memory", "can't allocate memory")):
+        # torch says it by a RuntimeError, on a GPU and on the CPU in these words
+        words = ("out of memory", "can't allocate memory", "not enough memory")
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
             raise
         message = "not enough memory; lower --batch, --size or --width"
     else:
