@@ -575,7 +575,7 @@ MEAN, STD = (0.48, 0.45, 0.40), (0.27, 0.27, 0.28)  # of the pets' train part, i
 def load(split, index, device="cpu"):
     """The pictures `index` of a split: images (B, 3, H, W) in 0..1 and labels (B, H, W) in bytes.
 
-    No worker processes: taking a batch of 16 from the memory map is XXX of a training step.
+    No worker processes: taking a batch from the memory map is @@LOAD of a training step.
     """
     images = torch.from_numpy(split.images[index]).to(device)        # (B, H, W, 3)
     labels = torch.from_numpy(split.labels[index]).to(device)
@@ -664,7 +664,7 @@ def targets(labels, border="foreground", random=None):
 
 # ----------------------------------------------------------------------------- pictures: results
 
-PET = np.array((230, 97, 1))  # orange, which is told from the photo by every kind of eye
+PET = np.array((230, 97, 1), np.float32)  # orange, which is told from the photo by every kind of eye
 
 
 def save_picture(image, path):
@@ -702,11 +702,10 @@ def overlay(photo, mask):
     width = max(photo.size) / 300
     soft = picture(mask).filter(ImageFilter.BoxBlur(max(1, width)))
     near = np.abs(np.asarray(soft, dtype=np.float32)[..., None] / 127.5 - 1)  # 0 on the contour
-    tint = np.where(mask[..., None], 0.35, 0).astype(np.float32)
-    pixels = np.asarray(photo, dtype=np.float32)
-    pixels = pixels + (PET - pixels) * tint
-    pixels = np.where(near < 0.95, np.where(mask[..., None], 255, 20), pixels)
-    return Image.fromarray(pixels.astype(np.uint8))
+    colours = np.asarray(photo, dtype=np.float32)
+    colours = colours + (PET - colours) * np.where(mask[..., None], np.float32(0.35), 0)
+    colours = np.where(near < 0.95, np.where(mask[..., None], 255, 20), colours)
+    return Image.fromarray(colours.astype(np.uint8))
 
 
 def cutout(photo, mask):
@@ -812,7 +811,9 @@ def draw_plot(draw, box, title, curves, marks):
     draw.line([(left, top), (left, bottom), (right, bottom)], (60, 60, 60), 3)
     draw.text(((left + right) / 2, bottom + 50), "epoch", "black", small, anchor="mt")
     for curve in curves:
-        draw.line([place(*point) for point in curve.points], curve.colour, curve.width, "curve")
+        points = [place(*point) for point in curve.points]
+        draw.line(points, curve.colour, curve.width, "curve")
+        draw.circle(points[-1], curve.width, curve.colour)  # all there is after one epoch
     for x, y, text, colour in marks:
         at, height = place(x, y)
         draw.line([(at, height), (at, bottom)], colour, 2)
