@@ -49,7 +49,7 @@ OPTIONS = (
     ("dropout", 0.0, fraction, "at the bottom of the U"),
     ("loss", "bce_dice", ("bce_dice", "bce", "dice"), "what is made small"),
     ("optimizer", "adamw", ("adamw", "adam"), "how"),
-    ("lr", 0.002, number(float, 0), "the learning rate's peak"),
+    ("lr", 0.004, number(float, 0), "the learning rate's peak"),
     ("weight-decay", 0.01, number(float, 0), "of adamw"),
     ("schedule", "cosine", ("cosine", "constant", "plateau", "exponential", "inverse_sqrt"),
      "of the learning rate"),
