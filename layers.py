@@ -203,13 +203,18 @@ def probabilities(logits):
     return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(dim=1)
 
 
+def within(logits):
+    """Logits in fp32, infinite ones made finite: inf − inf would be nan."""
+    return logits.float().clamp(-1e5, 1e5)
+
+
 def bce_loss(logits, target, ignore=255):
     """Mean of −log p(right class) over the pixels that count: (binary) cross-entropy.
 
     One class: −y log σ(z) − (1 − y) log(1 − σ(z)) = log(1 + exp((1 − 2y) z)), y in {0, 1}.
     Several:   log Σ_c exp(z_c) − z_y. Neither form overflows, however large a logit is.
     """
-    logits, counts = logits.float(), target != ignore
+    logits, counts = within(logits), target != ignore
     if logits.shape[1] == 1:
         loss = F.softplus((1 - 2 * (target == 1).float()) * logits[:, 0])
     else:
@@ -224,7 +229,7 @@ def dice_loss(logits, target, ignore=255, smooth=1.0):
     Dice = (2 Σ p y + s) / (Σ p + Σ y + s), summed over an image's pixels that count;
     s = 1 makes an empty prediction of an empty mask right, and the gradient there finite.
     """
-    p = probabilities(logits.float())
+    p = probabilities(within(logits))
     first = 1 if p.shape[1] == 1 else 0  # with one logit the background has no channel of its own
     classes = torch.arange(first, first + p.shape[1], device=p.device).view(1, -1, 1, 1)
     y = target.unsqueeze(1) == classes                               # (B, C, H, W)
