@@ -4,8 +4,8 @@ Read from top to bottom: safe writing, one picture and its trimap, the pets' fol
 the toy pets, the cache (every picture decoded once), augmentation and batches, and at the end the
 pictures that the program draws. This is the only file that knows Pillow.
 
-A label is a byte: 0 background, 1 pet, 2 the border between them, 255 unknown; `targets` turns
-labels into what is learned. A size is (height, width) everywhere.
+A label is a byte: 0 background, 1 pet, 2 the border between them; `targets` turns labels into
+what is learned, where 255 is a pixel that does not count. A size is (height, width) everywhere.
 """
 import hashlib
 import http.client
@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shutil
+import struct
 import tarfile
 import tempfile
 import time
@@ -85,10 +86,10 @@ def whole_folder(path):
 # ----------------------------------------------------------------------- one picture, one trimap
 
 # what Pillow raises at files that are cut off, damaged, or no pictures at all
-BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+BROKEN = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, RuntimeError,
+          MemoryError, struct.error, Image.DecompressionBombError)
 ORIENTATION = 0x0112  # EXIF's tag; from 5 on, width and height change places
-TRIMAP = np.full(256, 255, dtype=np.uint8)  # what a trimap's value means as a label
-TRIMAP[[1, 2, 3]] = 1, 0, 2
+TRIMAP = np.array((255, 1, 0, 2), dtype=np.uint8)  # what a trimap's 1, 2, 3 are as labels
 
 
 def read_image(path, size=None, mask_size=None):
@@ -100,18 +101,19 @@ def read_image(path, size=None, mask_size=None):
     try:
         with Image.open(path) as image:
             stored = image.size[::-1]
-            shown = stored[::-1] if image.getexif().get(ORIENTATION, 1) >= 5 else stored
+            turned = image.getexif().get(ORIENTATION, 1) >= 5 and image.format != "TIFF"
+            shown = stored[::-1] if turned else stored  # a TIFF has been turned by Pillow already
             if mask_size not in (None, stored, shown):
                 raise Problem("{} is {}×{} pixels high and wide, its mask {}×{}; they must agree"
                               .format(path, *shown, *mask_size))
             if size:
                 image.draft("RGB", (2 * max(size), 2 * max(size)))
+            if mask_size in (None, shown):  # a mask drawn on the stored picture wants it unturned
+                image = ImageOps.exif_transpose(image)
             if image.mode.startswith(("I", "F")):  # 16 bits or more: to the range of a byte
                 values = np.asarray(image, dtype=np.float32)
                 top = 65535 if image.mode.startswith("I;16") else max(values.max(), 1)
                 image = Image.fromarray((values.clip(0, top) * (255 / top)).astype(np.uint8))
-            if mask_size in (None, shown):  # a mask drawn on the stored picture wants it unturned
-                image = ImageOps.exif_transpose(image)
             if "A" in image.mode or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -128,12 +130,11 @@ def read_trimap(path):
             values = np.asarray(image)
     except BROKEN as error:
         raise Unreadable(f"{path}: {error}") from error
-    labels = TRIMAP[values.clip(0, 255).astype(np.uint8)]
-    if values.ndim != 2 or (labels == 255).any():
+    if values.ndim != 2 or not np.isin(values, (1, 2, 3)).all():
         found = "colours" if values.ndim != 2 else ", ".join(map(str, np.unique(values)[:9]))
         raise Problem(f"the trimap {path} holds {found}; expected one number a pixel: "
                       "1 = pet, 2 = background, 3 = border")
-    return labels
+    return TRIMAP[values.astype(np.uint8)]
 
 
 def shrink(labels, size):
@@ -171,11 +172,12 @@ def list_samples(folder, split):
     if not folder.is_dir():
         raise Problem(f"there is no folder {folder}; name one with --data")
     if not listing.is_file() and split == "test":
-        raise Problem(f"{folder} has no test split (no annotations/test.txt); try --split valid")
+        raise Problem(f"{folder} has no test split (no annotations/test.txt); eval can take "
+                      "--split valid")
     if not listing.is_file():
         raise Problem(f"{folder} does not look like the pets: there is no {listing}; expected "
                       "images/NAME.jpg, annotations/trimaps/NAME.png, annotations/trainval.txt")
-    lines = listing.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = listing.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     names = [line.split()[0] for line in lines if line.strip() and not line.startswith("#")]
     if split != "test":
         names = [name for i, name in enumerate(names) if (i % 10 == 0) == (split == "valid")]
@@ -194,12 +196,13 @@ def splits(folder):
 
 def find_pictures(paths):
     """All pictures among files and folders, sorted within each; a folder's are those whose name
-    ends like a picture's, a file named is taken as it is."""
-    endings, found = set(Image.registered_extensions()), []
+    ends like that of a picture that Pillow reads, a file named is taken as it is."""
+    kinds = Image.registered_extensions()
+    endings, found = {ending for ending, kind in kinds.items() if kind in Image.OPEN}, []
     for path in map(Path, paths):
         if path.is_dir():
             inside = sorted(p for p in path.rglob("*")
-                            if p.suffix.lower() in endings and p.is_file())
+                            if p.suffix.lower() in endings and p.is_file() and p.name[0] != ".")
             if not inside:
                 raise Problem(f"there are no pictures in the folder {path}")
             found += inside
@@ -217,14 +220,15 @@ def find_truth(image):
 
 
 def check(folder, progress):
-    """Reads every picture of every split; returns {split: (number, [what is wrong, ...])}."""
+    """Reads every picture of every split; returns {split: (number, [what is wrong, ...])}.
+    `progress(what)` gives the function that is told of each step, here and in `get_pets`."""
     result = {}
     for split in splits(folder):
-        samples, faults = list_samples(folder, split), []
+        samples, faults, report = list_samples(folder, split), [], progress(f"check {split}")
         for done, pair in enumerate(decoded(samples, (32, 32)), start=1):
             if isinstance(pair, Exception):
                 faults.append(str(pair))
-            progress(done, len(samples))
+            report(done, len(samples))
         result[split] = len(samples), faults
     return result
 
@@ -235,7 +239,8 @@ ARCHIVES = {
     "images.tar.gz": "5c4f3ee8e5d25df40f4fd59a7f44e54c",
     "annotations.tar.gz": "95a8c909bbe2e81eed6a22bccdf3f68f",
 }
-BREAKS = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, SSLError)
+NETWORK = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError,
+           SSLError)
 
 
 class DownloadFailed(Problem):
@@ -248,7 +253,8 @@ def get_pets(root, url, progress, archives=ARCHIVES, pauses=(1, 2, 4, 8, 16)):
     for archive, md5 in archives.items():
         if not (folder / archive.split(".")[0]).is_dir():
             path = folder / archive
-            fetch(url.rstrip("/") + "/" + archive, path, md5, progress, pauses)
+            report = progress(f"download {archive}", "MB", 1e6)
+            fetch(url.rstrip("/") + "/" + archive, path, md5, report, pauses)
             unpack(path, folder)
             path.unlink()
     return folder
@@ -263,12 +269,16 @@ def fetch(url, path, md5, progress, pauses):
         before = part.stat().st_size if part.exists() else 0
         try:
             append(url, part, progress)
-        except BREAKS as error:
-            came = part.exists() and part.stat().st_size > before
-            failures = 1 if came else failures + 1
-            answered = isinstance(error, urllib.error.HTTPError)
-            hopeless = error.code < 500 if answered else not part.exists()  # never got through
-            if hopeless or failures > len(pauses):
+        except ValueError as error:
+            raise Problem(f"{url} is no address: {error}") from error
+        except NETWORK as error:
+            progressed = part.exists() and part.stat().st_size > before
+            failures = 1 if progressed else failures + 1
+            if isinstance(error, urllib.error.HTTPError):
+                final = error.code < 500 and error.code not in (408, 429)
+            else:
+                final = not part.exists()  # nothing ever came: no such server, or no network
+            if final or failures > len(pauses):
                 raise DownloadFailed(f"cannot download {url}: {error}; check the network, or name "
                                      "a mirror with --url") from error
             time.sleep(pauses[failures - 1])
@@ -523,7 +533,11 @@ def open_split(folder, split, size, cache, progress):
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     place = Path(cache) / f"{Path(folder).resolve().name}-{split}-{size[0]}x{size[1]}-{key}"
     if not place.is_dir():
-        build_cache(place, samples, size, progress)
+        try:
+            build_cache(place, samples, size, progress)
+        except OSError:
+            if not place.is_dir():  # else another run has written the same cache in the meantime
+                raise
     about = json.loads((place / "about.json").read_text())
     arrays = (np.load(place / f"{part}.npy", mmap_mode="r") for part in ("images", "labels"))
     return Split(about["names"], *arrays, about["skipped"])
@@ -598,7 +612,7 @@ def shuffled(number, repeat, seed, epoch):
 AUGMENT = {
     "none": {},
     "flip": {"flip": 0.5},
-    "full": {"flip": 0.5, "rotate": 20, "zoom": 1.4, "shift": 0.1,
+    "full": {"flip": 0.5, "vflip": 0.0, "rotate": 20, "zoom": 1.4, "shift": 0.1,
              "brightness": 0.3, "contrast": 0.3, "saturation": 1.0},
 }
 
@@ -653,7 +667,7 @@ def targets(labels, border="foreground", random=None):
     root = torch.arange(labels.numel() + 1, device=labels.device)
     numbers = root[1:].view_as(labels) * edge        # (B, H, W): at first each is its own region
     while True:
-        largest = F.max_pool2d(numbers.double(), 3, 1, 1).long() * edge  # among the 8 neighbours
+        largest = F.max_pool2d(numbers.float(), 3, 1, 1).long() * edge  # among 8 neighbours
         if torch.equal(largest, numbers):
             break
         root.scatter_reduce_(0, numbers.flatten(), largest.flatten(), "amax")  # regions that touch
@@ -665,13 +679,13 @@ def targets(labels, border="foreground", random=None):
 
 # ----------------------------------------------------------------------------- pictures: results
 
-PET = np.array((230, 97, 1), np.float32)  # orange, which is told from the photo by every kind of eye
+PET = np.array((230, 97, 1), np.float32)  # orange: colour-blind eyes tell it too
 
 
 def save_picture(image, path):
     """Writes a picture whole or not at all, in the format of its name's ending."""
     with whole_file(path) as file:
-        image.save(file, {".png": "PNG", ".jpg": "JPEG"}[Path(path).suffix])
+        image.save(file, Image.registered_extensions().get(Path(path).suffix.lower(), "PNG"))
 
 
 def picture(array):
@@ -720,7 +734,7 @@ RESULTS = {  # what `infer` can write, each from the photo, its mask, and the tr
     "mask": lambda photo, mask, truth: picture(mask),
     "overlay": lambda photo, mask, truth: overlay(photo, mask),
     "cutout": lambda photo, mask, truth: cutout(photo, mask),
-    "panel": lambda photo, mask, truth: panel(photo, truth, mask, ""),
+    "panel": lambda photo, mask, truth: panel(photo, truth, mask, "photo"),
 }
 
 

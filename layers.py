@@ -11,13 +11,21 @@ and a decoder that doubles it again), the initialisation, the losses.
 Shapes in the comments are (batch, channels, height, width) for an input of (B, 3, H, W), width 64.
 """
 import math
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 # ---------------------------------------------------------------------------------------- blocks
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm; a single value a channel has no variance and goes by the running statistics."""
+
+    def forward(self, x):
+        if x.numel() > x.shape[1]:
+            return super().forward(x)
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
 
 
 class ConvBNReLU(nn.Sequential):
@@ -27,7 +35,7 @@ class ConvBNReLU(nn.Sequential):
         super().__init__(
             # no bias: the batch norm that follows subtracts the mean and adds its own
             nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=False),
-            nn.BatchNorm2d(out_channels),
+            BatchNorm(out_channels),
             nn.ReLU(inplace=True),
         )
 
@@ -51,12 +59,12 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.conv1 = ConvBNReLU(in_channels, out_channels, stride=stride)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.bn2 = BatchNorm(out_channels)
         self.shortcut = nn.Identity()
         if stride != 1 or in_channels != out_channels:
             self.shortcut = nn.Sequential(
                 nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
-                nn.BatchNorm2d(out_channels),
+                BatchNorm(out_channels),
             )
 
     def forward(self, x):
@@ -104,7 +112,7 @@ class EncoderDecoder(nn.Module):
         initialise(self)
 
     def forward(self, x):
-        # the skip of last resort is the picture without channels, (B, 0, H, W): only its size
+        # for a doubling without a skip: a tensor with no channels, (B, 0, H, W), only for its size
         skips = [x[:, :0]]
         for stage in self.encoder:
             x = stage(x)

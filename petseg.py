@@ -18,7 +18,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"petseg: {message}; see {self.prog} --help\n")
 
 
-def number(kind, low, high=float("inf")):
+def number(kind, low, high=1e30):
     """What an option may be: a whole number (`kind` int) or any (float) within bounds."""
     def parse(text):
         try:
@@ -27,13 +27,14 @@ def number(kind, low, high=float("inf")):
             value = float("nan")
         if not low <= value <= high:
             words = f"a {'whole ' if kind is int else ''}number from {low}"
-            words += f" to {high}" if high < float("inf") else " up"
+            words += f" to {high}" if high < 1e30 else " up"
             raise argparse.ArgumentTypeError(f"expected {words}, not {text!r}")
         return value
     return parse
 
 
-positive, side, fraction = number(int, 1), number(int, 32), number(float, 0, 1)
+positive, side = number(int, 1, 2**31), number(int, 32, 2**15)
+fraction, seed = number(float, 0, 1), number(int, 0, 2**63 - 1)
 MODELS = ("unet", "resnet34_unet")
 PETS_URL = "https://www.robots.ox.ac.uk/~vgg/data/pets/data/"
 # The options of a run: name, default (None: it depends on machine and data, see `settings`), what
@@ -47,15 +48,15 @@ OPTIONS = (
     ("width", None, positive, "channels of the first level: 64 on a GPU, else 16 (unet) or 32"),
     ("up", "transpose", ("transpose", "bilinear"), "how the decoder doubles the size"),
     ("dropout", 0.0, fraction, "at the bottom of the U"),
-    ("loss", "bce_dice", ("bce_dice", "bce", "dice"), "what is made small"),
-    ("optimizer", "adamw", ("adamw", "adam"), "how"),
+    ("loss", "bce_dice", ("bce_dice", "bce", "dice"), "the loss function"),
+    ("optimizer", "adamw", ("adamw", "adam"), "the optimizer"),
     ("lr", 0.004, number(float, 0), "the learning rate's peak"),
     ("weight-decay", 0.01, number(float, 0), "of adamw"),
     ("schedule", "cosine", ("cosine", "constant", "plateau", "exponential", "inverse_sqrt"),
      "of the learning rate"),
     ("warmup", 1.0, number(float, 0), "epochs of warm-up, for cosine and inverse_sqrt"),
     ("gamma", 0.99, fraction, "factor an epoch, for exponential"),
-    ("clip", 1.0, number(float, 0), "largest norm of the gradient, 0 for any"),
+    ("clip", 1.0, number(float, 0), "largest norm of the gradient, 0 for no limit"),
     ("accumulate", 1, positive, "batches that make up one step"),
     ("ema", 0.99, fraction, "how much the weights' moving average keeps at a step, 0 for none"),
     ("augment", None, ("none", "flip", "full"), "which random changes: full, for the toys flip"),
@@ -65,7 +66,7 @@ OPTIONS = (
      "what the trimap's border is while training"),
     ("compile", False, bool, "use torch.compile"),
     ("precision", "auto", ("auto", "bf16", "fp32"), "auto: bfloat16 where the hardware has it"),
-    ("seed", 0, number(int, 0), "of every random draw"),
+    ("seed", 0, seed, "of every random draw"),
     ("save-every", 0, number(int, 0), "also keep a numbered checkpoint every so many epochs"),
 )
 
@@ -90,7 +91,7 @@ def command_line():
             add("--precision", choices=("auto", "bf16", "fp32"), default="auto")
         if "data" in parts:
             add("--data", help=OPTIONS[0][3])
-            add("--root", help=OPTIONS[1][3], default="data")
+            add("--root", help=OPTIONS[1][3])
         if "data" in parts or "url" in parts:
             add("--url", default=PETS_URL, help="a mirror to download the pets from")
         return add
@@ -126,7 +127,7 @@ def command_line():
     add("action", nargs="?", choices=("get", "check", "toy"), default="check")
     add("--trainval", type=positive, default=400, help="toys to train with")
     add("--test", type=positive, default=100, help="toys to test with")
-    add("--seed", type=number(int, 0), default=0, help="of the toys")
+    add("--seed", type=seed, default=0, help="of the toys")
 
     add = command("summary", "a table of layers: shape, parameters, multiply-adds")
     add("model", choices=MODELS)
@@ -175,8 +176,8 @@ from data import Problem
 
 
 def say(text):
-    """A line of progress or warning, on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """A line of progress or warning, on stderr, in place of an unfinished one."""
+    print(("\r\x1b[K" if sys.stderr.isatty() else "") + text, file=sys.stderr, flush=True)
 
 
 def answer(args, text, result):
@@ -222,9 +223,6 @@ class Line:
             print(f"\r{text}\x1b[K" if self.terminal else text, file=sys.stderr, flush=True,
                   end="" if self.terminal else "\n")
 
-    def end(self, text):
-        say(f"\r{text}\x1b[K" if self.terminal else text)
-
 
 def progress(what, unit="images", scale=1):
     """A function (done, total) that shows how far something is, how fast, and the time left."""
@@ -237,7 +235,7 @@ def progress(what, unit="images", scale=1):
         speed = (done - first) / seconds
         text = f"{what}: {done / scale:,.0f} of {total / scale:,.0f} {unit}"
         if done >= total:
-            line.end(f"{text}, {clock(seconds)}")
+            say(f"{text}, {clock(seconds)}")
         else:
             left = clock((total - done) / speed) if speed else "?"
             line.show(f"{text}, {speed / scale:,.1f} {unit}/s, {left} left")
@@ -256,20 +254,21 @@ def confusion(mask, target):
     return torch.stack([pair.flatten(1).sum(dim=1) for pair in pairs], dim=1)
 
 
-def overlap(counts):
+def dice_and_iou(counts):
     """Dice and IoU of each row of a confusion: 2 tp / (2 tp + fp + fn) and tp / (tp + fp + fn);
     1 where nothing was to be found and nothing was."""
-    tp, wrong = counts[:, 0].double(), (counts[:, 1] + counts[:, 2]).double()
-    empty = (tp + wrong == 0).double()
+    tp, wrong = counts[:, 0], counts[:, 1] + counts[:, 2]
+    empty = tp + wrong == 0
     return (2 * tp + empty) / (2 * tp + wrong + empty), (tp + empty) / (tp + wrong + empty)
 
 
 def scores(counts):
     """All scores of a split from its images' confusions (N, 4). "dice" is the one that counts: the
     mean over images. The dataset's are those of all its pixels as if they were one image."""
-    dice, iou = overlap(counts)
+    counts = counts.double()
+    dice, iou = dice_and_iou(counts)
     total = counts.sum(dim=0, keepdim=True)
-    dataset_dice, dataset_iou = overlap(total)
+    dataset_dice, dataset_iou = dice_and_iou(total)
     tp, fp, fn, tn = total[0].tolist()
     return {
         "dice": dice.mean().item(), "iou": iou.mean().item(),
@@ -355,7 +354,7 @@ def find_data(choice, root, url):
     pets, toys = Path(root) / data.PETS, Path(root) / data.TOYS
     if choice != "toy":
         try:  # what is there already is not fetched again
-            return "pets", data.get_pets(root, url, progress("download", "MB", 1e6))
+            return "pets", data.get_pets(root, url, progress)
         except data.DownloadFailed as failure:
             if choice == "pets":
                 raise
@@ -372,7 +371,7 @@ def open_split(folder, split, side, root):
     what = f"cache {split} at {side}×{side}"
     found = data.open_split(folder, split, (side, side), Path(root) / "cache", progress(what))
     if found.skipped:
-        say(f"petseg: {len(found.skipped)} pictures of {split} are missing or unreadable and are "
+        say(f"warning: {len(found.skipped)} pictures of {split} are missing or unreadable and are "
             "left out; the first: " + "; ".join(found.skipped[:5]))
     return found
 
@@ -424,7 +423,7 @@ def draw_samples(path, segmenter, split, chosen, side=160):
     images, labels = data.load(split, chosen, segmenter.device)
     masks = predict(segmenter, images)[:, 0].sigmoid() >= segmenter.threshold
     target = data.targets(labels)
-    dice = overlap(confusion(masks, target))[0].tolist()
+    dice = dice_and_iou(confusion(masks, target))[0].tolist()
     truths, masks = (target == 1).cpu().numpy(), masks.cpu().numpy()
     panels = [data.panel(data.picture(split.images[i]), truths[k], masks[k],
                          f"{split.names[i]}  Dice {dice[k]:.3f}", side)
@@ -435,15 +434,16 @@ def draw_samples(path, segmenter, split, chosen, side=160):
 # ------------------------------------------------------------------------------------ checkpoints
 
 
-def save(content, path):
-    """Writes a checkpoint so that at any moment the old or the new one stands there, whole."""
+def write_checkpoint(content, path):
+    """Writes a checkpoint so that at any moment the old or the new one stands there, whole. It goes
+    by way of memory because torch.save would hide a full disk behind an error of its own."""
     memory = io.BytesIO()
     torch.save(content, memory)
     with data.whole_file(path, sync=True) as file:
         file.write(memory.getbuffer())
 
 
-def load(path, kind, device="cpu"):
+def read_checkpoint(path, kind, device="cpu"):
     """Reads a checkpoint of the `kind` "network" (best.pt) or "training" (last.pt)."""
     path = Path(path)
     if not path.is_file():
@@ -456,18 +456,16 @@ def load(path, kind, device="cpu"):
     except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0] if str(error) else "it is empty"
         raise Problem(f"{path} is no checkpoint that can be read: {reason}") from error
-    found = content.get("petseg") if isinstance(content, dict) else None
-    if found != kind:
-        raise Problem(f"{path} is not a petseg {kind} checkpoint but " + (
-            f"a {found} one; take {'best.pt' if kind == 'network' else 'last.pt'} of its run"
-            if found else "something else"))
+    if not isinstance(content, dict) or content.get("petseg") != kind:
+        name = {"network": "best.pt", "training": "last.pt"}[kind]
+        raise Problem(f"{path} is not what this needs, the {name} of a petseg run")
     return content
 
 
 def load_segmenter(path, device="auto", precision="auto", threshold=0.5, tta=False):
     """The network of a best.pt, ready to predict."""
     device = pick_device(device)
-    about = load(path, "network", device)
+    about = read_checkpoint(path, "network", device)
     network = build(about).to(device)
     try:
         network.load_state_dict(about.pop("weights"))
@@ -501,13 +499,15 @@ def start_or_resume(args, device):
     given = {name: value for name, value in vars(args).items() if name in names}
     if args.resume:
         folder = Path(args.resume)
-        state = load(folder / "last.pt", "training", device)
+        folder = folder.parent if folder.name == "last.pt" else folder
+        state = read_checkpoint(folder / "last.pt", "training", device)
         run = state["settings"]
         for name, value in {**given, "model": args.model or run["model"]}.items():
-            if name not in MAY_CHANGE and value != run[name]:
+            if name not in MAY_CHANGE and value not in (run[name], "auto"):
                 raise Problem(f"the run was begun with {name.replace('_', '-')} {run[name]}, not "
                               f"{value}; a resumed run keeps it; without --resume a new one starts")
-        return folder, argparse.Namespace(**{**run, **given}), state
+        run |= {name: given[name] for name in MAY_CHANGE if name in given}
+        return folder, argparse.Namespace(**run), state
     if not args.model:
         raise Problem("say which network to train: petseg.py train unet, or train resnet34_unet")
     asked = given.get("data", "auto")
@@ -520,11 +520,19 @@ def start_or_resume(args, device):
     return folder, argparse.Namespace(**run), None
 
 
+def make_optimizer(run, network):
+    """Adam, or AdamW with its decay of the weights; the rate is set before each step."""
+    # fused: one pass over all weights, 7 ms instead of 11 in a step of ResNet34-UNet on two cores
+    if run.optimizer == "adam":
+        return torch.optim.Adam(network.parameters(), fused=True)
+    return torch.optim.AdamW(network.parameters(), weight_decay=run.weight_decay, fused=True)
+
+
 def train_step(run, network, optimizer, split, group, epoch, step):
     """One step of the optimizer on the pictures `group`, a batch at a time; returns the sums of
     their losses, Dices and IoUs. Every random draw depends on (seed, epoch, step) alone."""
     device = next(network.parameters()).device
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    sums = torch.zeros(3, device=device)
     torch.manual_seed(data.generator("dropout", run.seed, epoch, step).initial_seed())
     for part, index in enumerate(group.split(run.batch)):
         random = data.generator("augment", run.seed, epoch, step, part)
@@ -537,7 +545,7 @@ def train_step(run, network, optimizer, split, group, epoch, step):
             logits = network(data.normalise(images))
         loss = layers.LOSSES[run.loss](logits, target)
         (loss * len(index) / len(group)).backward()
-        dice, iou = overlap(confusion(logits[:, 0] > 0, target))
+        dice, iou = dice_and_iou(confusion(logits[:, 0] > 0, target))
         sums += torch.stack((loss.detach() * len(index), dice.sum(), iou.sum()))
     if run.clip:
         torch.nn.utils.clip_grad_norm_(network.parameters(), run.clip)
@@ -560,6 +568,7 @@ def follow(average, network, keep, steps):
 
 def train(args):
     """Trains a network from scratch, or goes on with a run; scores it; leaves all in its folder."""
+    torch.backends.cudnn.deterministic = True  # the same seed gives the same weights
     device = pick_device(args.device)
     folder, run, state = start_or_resume(args, device)
     source = find_data(run.data, run.root, args.url)[1]
@@ -574,15 +583,14 @@ def train(args):
     average = copy.deepcopy(network) if run.ema else network
     segmenter = Segmenter(average, about, device, run.precision)
     compiled = torch.compile(network) if run.compile else network
-    # fused: one pass over all weights, 7 ms instead of 11 in a step of ResNet34-UNet on two cores
-    if run.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(network.parameters(), weight_decay=run.weight_decay, fused=True)
-    else:
-        optimizer = torch.optim.Adam(network.parameters(), fused=True)
+    optimizer = make_optimizer(run, network)
 
     epoch, step, history, seconds = 1, 0, [], 0.0
-    sums = torch.zeros(3, dtype=torch.float64, device=device)  # of this epoch's losses, Dices, IoUs
+    sums = torch.zeros(3, device=device)  # of this epoch's losses, Dices, IoUs
     if state:
+        if state["pictures"] != train_set.names:
+            raise Problem(f"{source} no longer holds the training pictures that {folder} was begun "
+                          "with; bring them back, or start a new run without --resume")
         network.load_state_dict(state["network"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
@@ -590,10 +598,11 @@ def train(args):
         sums += state["sums"]
 
     def save_state():
-        save({"petseg": "training", "settings": vars(run), "network": network.state_dict(),
-              "average": average.state_dict(), "optimizer": optimizer.state_dict(), "epoch": epoch,
-              "step": step, "history": history, "sums": sums, "seconds": seconds},
-             folder / "last.pt")
+        write_checkpoint({
+            "petseg": "training", "settings": vars(run), "pictures": train_set.names,
+            "network": network.state_dict(), "average": average.state_dict(),
+            "optimizer": optimizer.state_dict(), "epoch": epoch, "step": step, "history": history,
+            "sums": sums, "seconds": seconds}, folder / "last.pt")
 
     write_config(folder, run, device)
     say(f"{'resuming' if state else 'training'} {folder} on {device}\n"
@@ -602,13 +611,13 @@ def train(args):
     per_epoch = math.ceil(images / per_step)
     line, started, first = Line(), time.monotonic(), (epoch - 1) * per_epoch + step
 
-    def check(loss):
-        if not math.isfinite(loss):
-            raise Problem(f"the loss became {loss} in epoch {epoch}; the last good checkpoint, if "
-                          f"there was one, is kept in {folder}; try a lower --lr, --clip 1, or "
-                          "--precision fp32")
+    def stop_if_not_finite(value):
+        if not math.isfinite(value):
+            raise Problem(f"the loss or weights became {value} in epoch {epoch}; the last good "
+                          f"checkpoint, if there was one, is kept in {folder}; try a lower --lr, "
+                          "--clip 1, or --precision fp32")
 
-    stop = threading.Event()  # Ctrl-C only asks, the loop answers; a second one does not wait
+    stop = threading.Event()  # a flag: Ctrl-C only asks, the loop answers; a second does not wait
 
     def ask(*_):
         stop.set()
@@ -622,10 +631,10 @@ def train(args):
         for step in range(step, per_epoch):
             seconds = time.monotonic() - began
             if stop.is_set():
-                check(sums[0].item())
+                stop_if_not_finite(sum(p.sum().item() for p in network.parameters()))
                 save_state()
-                line.end(f"petseg: stopped in epoch {epoch} and saved; to go on: "
-                         f"petseg.py train --resume {folder}")
+                say(f"petseg: stopped in epoch {epoch} and saved; to go on: "
+                    f"petseg.py train --resume {folder}")
                 raise SystemExit(130)
             done = (epoch - 1) * per_epoch + step
             rate = SCHEDULES[run.schedule](run, done, per_epoch,
@@ -638,13 +647,13 @@ def train(args):
             if line.due() or step + 1 == per_epoch:  # to read the loss makes a GPU wait: seldom
                 now, seen = time.monotonic(), min((step + 1) * per_step, images)
                 loss, speed = sums[0].item() / seen, seen / (now - began)
-                check(loss)
+                stop_if_not_finite(loss)
                 left = (now - started) / (done + 1 - first) * (run.epochs * per_epoch - done - 1)
                 line.show(f"epoch {epoch}/{run.epochs}  step {step + 1}/{per_epoch}  "
                           f"loss {loss:.4f}  {speed:.0f} images/s  {clock(left)} left")
 
         valid_loss, counts = score_split(segmenter, valid_set, run.batch, run.loss)
-        check(valid_loss)
+        stop_if_not_finite(valid_loss)
         valid, (train_loss, train_dice, train_iou) = scores(counts), (sums / images).tolist()
         best = all(valid["dice"] > row["valid_dice"] for row in history)
         history.append({
@@ -652,21 +661,22 @@ def train(args):
             "train_iou": train_iou, "valid_loss": valid_loss, "valid_dice": valid["dice"],
             "valid_iou": valid["iou"], "lr": rate, "seconds": time.monotonic() - began,
             "images_per_second": speed})
-        line.end(f"epoch {epoch}/{run.epochs}  train loss {train_loss:.4f} Dice {train_dice:.4f}  "
-                 f"valid loss {valid_loss:.4f} Dice {valid['dice']:.4f}{' *' if best else '  '}  "
-                 f"{clock(time.monotonic() - began)}, {speed:.0f} images/s")
-        if best:  # before last.pt: killed in between, the epoch is done again and writes the same
+        say(f"epoch {epoch}/{run.epochs}  train loss {train_loss:.4f} Dice {train_dice:.4f}  "
+            f"valid loss {valid_loss:.4f} Dice {valid['dice']:.4f}{' *' if best else '  '}  "
+            f"{clock(time.monotonic() - began)}, {speed:.0f} images/s")
+        # last.pt comes last: killed before it, the epoch is done again and writes the same
+        if best:
             save_network(folder / "best.pt", average, about, run, history[-1])
-        epoch, step, seconds = epoch + 1, 0, 0.0
-        sums.zero_()
-        save_state()
-        if run.save_every and (epoch - 1) % run.save_every == 0:
-            save_network(folder / f"epoch-{epoch - 1}.pt", average, about, run, history[-1])
+        if run.save_every and epoch % run.save_every == 0:
+            save_network(folder / f"epoch-{epoch}.pt", average, about, run, history[-1])
         with data.whole_file(folder / "metrics.csv") as file:
             write_table(file, history, list(history[0]))
         data.draw_curves(folder / "curves.png", {folder.name: history})
-        draw_samples(folder / "samples.png", segmenter, valid_set,
-                     np.linspace(0, len(valid_set.names) - 1, 8).astype(int))
+        shown = np.unique(np.linspace(0, len(valid_set.names) - 1, 8).astype(int))
+        draw_samples(folder / "samples.png", segmenter, valid_set, shown)
+        epoch, step, seconds = epoch + 1, 0, 0.0
+        sums.zero_()
+        save_state()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     finish(args, folder, run, history, source)
 
@@ -675,7 +685,7 @@ def save_network(path, network, about, run, row):
     """What it takes to use a network, in half precision, and how it was trained and did."""
     weights = {name: value.half() if value.is_floating_point() else value
                for name, value in network.state_dict().items()}
-    save({**about, "weights": weights,
+    write_checkpoint({**about, "weights": weights,
           "trained": {**vars(run), **row, "torch": str(torch.__version__)}}, path)
 
 
@@ -696,12 +706,23 @@ def write_table(file, rows, columns):
 
 def write_config(folder, run, device):
     """config.json: every option as resolved, and what it ran on."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
-                         capture_output=True)
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
+                                capture_output=True).stdout.strip()
+    except FileNotFoundError:  # no git on this machine
+        commit = ""
     write_json(folder / "config.json", {
-        **vars(run), "device": str(device), "commit": git.stdout.strip() or None,
+        **vars(run), "device": str(device), "commit": commit or None,
         "machine": platform.platform(), "threads": torch.get_num_threads(),
         "python": platform.python_version(), "torch": str(torch.__version__)})
+
+
+def score_and_draw(segmenter, split, gallery):
+    """The confusion of each image of a split, and a picture of the twelve worst."""
+    _, counts = score_split(segmenter, split)
+    worst = dice_and_iou(counts)[0].argsort(stable=True)[:12]
+    draw_samples(gallery, segmenter, split, worst.numpy())
+    return counts
 
 
 def finish(args, folder, run, history, source):
@@ -709,39 +730,39 @@ def finish(args, folder, run, history, source):
     segmenter = load_segmenter(folder / "best.pt", args.device, run.precision)
     name = data.splits(source)[-1]
     split = open_split(source, name, run.size, run.root)
-    _, counts = score_split(segmenter, split)
-    draw_samples(folder / "worst.png", segmenter, split, overlap(counts)[0].argsort()[:12].numpy())
+    found = scores(score_and_draw(segmenter, split, folder / "worst.png"))
     trained = segmenter.about["trained"]
     result = {"run": str(folder), "split": name, "epoch": trained["epoch"],
               "valid_dice": trained["valid_dice"],
-              "seconds": sum(row["seconds"] for row in history), **scores(counts)}
+              "seconds": sum(row["seconds"] for row in history), **found}
     write_json(folder / f"{name}.json", result)
     answer(args, f"{folder}: best epoch {result['epoch']}, valid Dice {result['valid_dice']:.4f}\n"
-           + table([{"split": name, **scores(counts)}]), result)
+           + table([{"split": name, **found}]), result)
 
 
 # ------------------------------------------------------------------- eval, infer, compare, data
 
 
 def choose_data(args, segmenter):
-    """The data that --data names, or else that the network was trained on."""
-    return find_data(args.data or segmenter.about["trained"]["data"], args.root, args.url)[1]
+    """The data that --data and --root name, or else that the network was trained on; its root."""
+    trained = segmenter.about["trained"]
+    root = args.root or trained["root"]
+    return find_data(args.data or trained["data"], root, args.url)[1], root
 
 
 def evaluate(args):
     """Scores a split with a trained network: as a whole, breed by breed, and the worst images."""
     segmenter = load_segmenter(args.ckpt, args.device, args.precision, args.threshold, args.tta)
-    out = Path(args.out)
-    split = open_split(choose_data(args, segmenter), args.split, segmenter.about["size"], args.root)
-    _, counts = score_split(segmenter, split)
+    source, root = choose_data(args, segmenter)
+    split = open_split(source, args.split, segmenter.about["size"], root)
+    worst = Path(args.out) / f"worst-{args.split}.png"
+    counts = score_and_draw(segmenter, split, worst)
     breeds = {}
     for name, row in zip(split.names, counts):
         breeds.setdefault(name.rpartition("_")[0], []).append(row)
     breeds = {breed: scores(torch.stack(rows)) for breed, rows in breeds.items()}
     result = {"split": args.split, "checkpoint": str(args.ckpt), **scores(counts), "breeds": breeds}
-    write_json(out / f"{args.split}.json", result)
-    worst = out / f"worst-{args.split}.png"
-    draw_samples(worst, segmenter, split, overlap(counts)[0].argsort()[:12].numpy())
+    write_json(Path(args.out) / f"{args.split}.json", result)
     rows = [{"breed": breed, **breeds[breed]} for breed in
             sorted(breeds, key=lambda breed: breeds[breed]["dice"])]
     rows.append({"breed": f"all of {args.split}", **scores(counts)})
@@ -769,7 +790,7 @@ def infer(args):
         paths = data.find_pictures(args.pictures)
         truths = [data.find_truth(path) for path in paths]
     else:
-        samples = data.list_samples(choose_data(args, segmenter), "test")
+        samples = data.list_samples(choose_data(args, segmenter)[0], "test")
         paths, truths = [sample.image for sample in samples], [sample.mask for sample in samples]
     kinds = (args.save or ("mask,overlay,cutout" if args.pictures else "panel")).split(",")
     if unknown := set(kinds) - set(data.RESULTS):
@@ -808,8 +829,8 @@ def infer_one(segmenter, path, truth, kinds, output):
     large = data.enlarge(small, photo.size[::-1])
     mask, answers = large >= segmenter.threshold, None
     left, top, right, bottom = data.bounding_box(mask)
-    row = {"pet_share": float(mask.mean()), "left": left, "top": top, "right": right, "bottom": bottom,
-           "confidence": float(np.maximum(large, 1 - large).mean())}
+    row = {"pet_share": float(mask.mean()), "left": left, "top": top, "right": right,
+           "bottom": bottom, "confidence": float(np.maximum(large, 1 - large).mean())}
     if truth:
         answers = data.read_trimap(truth)
         if answers.shape != mask.shape:
@@ -817,7 +838,7 @@ def infer_one(segmenter, path, truth, kinds, output):
         for prefix, guess, right_one in (
                 ("", small >= segmenter.threshold, data.shrink(answers, small.shape)),
                 ("own_size_", mask, answers)):
-            dice, iou = overlap(confusion(torch.from_numpy(guess)[None],
+            dice, iou = dice_and_iou(confusion(torch.from_numpy(guess)[None],
                                           torch.from_numpy(right_one > 0)[None]))
             row |= {f"{prefix}dice": dice.item(), f"{prefix}iou": iou.item()}
     for kind in kinds:
@@ -829,18 +850,19 @@ def infer_one(segmenter, path, truth, kinds, output):
 def compare(args):
     """Draws the curves of several runs into one picture and prints a table of their results."""
     histories, rows = {}, []
-    for folder in map(Path, args.runs):
+    folders = [Path(folder).resolve() for folder in args.runs]
+    for folder, name in zip(folders, unique_names(folders)):
         if not (folder / "metrics.csv").is_file():
             raise Problem(f"{folder} is no run with a finished epoch: it has no metrics.csv")
         with open(folder / "metrics.csv", newline="") as file:
-            history = [{name: float(value) for name, value in row.items()}
+            history = [{column: float(value) for column, value in row.items()}
                        for row in csv.DictReader(file)]
         config = json.loads((folder / "config.json").read_text())
         test = folder / "test.json"
         best = max(history, key=lambda row: row["valid_dice"])
-        histories[folder.name] = history
+        histories[name] = history
         rows.append({
-            "run": folder.name, "model": config["model"], "width": config["width"],
+            "run": name, "model": config["model"], "width": config["width"],
             "parameters": sum(p.numel() for p in build(config).parameters()),
             "size": config["size"], "epochs": len(history), "best_epoch": int(best["epoch"]),
             "valid_dice": best["valid_dice"], "valid_iou": best["valid_iou"],
@@ -852,14 +874,21 @@ def compare(args):
 
 def manage_data(args):
     """Fetches the pets, draws the toys, or reads all of a data set and says what is wrong in it."""
+    root = args.root or "data"
     if args.action == "toy":
-        folder = data.make_toys(args.root, progress("draw toy pets"), args.seed, args.trainval,
+        folder = data.make_toys(root, progress("draw toy pets"), args.seed, args.trainval,
                                 args.test)
     elif args.action == "get":
-        folder = data.get_pets(args.root, args.url, progress("download", "MB", 1e6))
+        folder = data.get_pets(root, args.url, progress)
+    elif args.data:
+        folder = find_data(args.data, root, args.url)[1]
     else:
-        folder = find_data(args.data or "auto", args.root, args.url)[1]
-    found = data.check(folder, progress("check"))
+        folders = [Path(root) / name for name in (data.PETS, data.TOYS)]
+        folder = next((folder for folder in folders if folder.is_dir()), None)
+        if not folder:
+            raise Problem(f"there is nothing in {root} to check; petseg.py data get fetches the "
+                          "pets, data toy draws toy pets, --data names a folder")
+    found = data.check(folder, progress)
     faults = [fault for _, bad in found.values() for fault in bad]
     rows = [{"split": split, "pictures": number, "at_fault": len(bad)}
             for split, (number, bad) in found.items()]
@@ -876,23 +905,23 @@ def summary(args):
     """Prints each layer's output, parameters and multiply-adds, from one pass without numbers."""
     rows = []
 
-    def note(name, layer, inputs, output):
+    def note(layer, inputs, output):
         macs = 0
         if isinstance(layer, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
             # a convolution works for each of its outputs, a transposed one for each of its inputs
-            places = (output if isinstance(layer, torch.nn.Conv2d) else inputs)[0, 0].numel()
+            places = (output if isinstance(layer, torch.nn.Conv2d) else inputs[0])[0, 0].numel()
             macs = places * layer.weight.numel()
-        rows.append({"layer": name, "kind": type(layer).__name__,
+        rows.append({"layer": names[layer], "kind": type(layer).__name__,
                      "output": "×".join(map(str, output.shape[1:])),
                      "parameters": sum(p.numel() for p in layer.parameters()),
                      "multiply_adds": macs})
 
     with torch.device("meta"):  # shapes alone: nothing is computed
         network = layers.MODELS[args.model](width=args.width, up=args.up)
-        for name, layer in network.named_modules():
+        names = {layer: name for name, layer in network.named_modules()}
+        for layer in names:
             if not list(layer.children()):
-                layer.register_forward_hook(
-                    lambda layer, inputs, output, name=name: note(name, layer, inputs[0], output))
+                layer.register_forward_hook(note)
         network(torch.zeros(1, 3, args.size, args.size))
     total = {name: sum(row[name] for row in rows) for name in ("parameters", "multiply_adds")}
     answer(args, table([*rows, {"layer": "all", "kind": args.model, "output": "", **total}]),
@@ -903,7 +932,7 @@ def bench(args):
     """Times the plain way of doing it against this program's, in fresh processes by turns."""
     if args.only:
         return answer(args, "", measure(args))
-    find_data(args.data or "toy", args.root, args.url)
+    find_data(args.data or "toy", args.root or "data", args.url)
     results = {"plain": [], "petseg": []}
     line = Line()
     for turn in range(args.rounds):
@@ -920,7 +949,7 @@ def bench(args):
              "ratio": middle["petseg"][key] / middle["plain"][key]}
             for key, label in (("train", "train, images/s"), ("infer", "infer, images/s"),
                                ("memory", "peak memory, MB"))]
-    line.end(f"width {args.width}, {args.size}×{args.size}, batch {args.batch}, median of "
+    say(f"width {args.width}, {args.size}×{args.size}, batch {args.batch}, median of "
              f"{args.rounds} rounds")
     answer(args, table(rows), {"model": args.model, **middle, "rounds": results})
 
@@ -928,7 +957,8 @@ def bench(args):
 def plain_way(args, run, network, optimizer, device):
     """How it is usually done: fp32, contiguous, each picture read from its file every time and
     augmented by itself. Returns a training step and a prediction."""
-    samples = data.list_samples(find_data(args.data or "toy", args.root, args.url)[1], "train")
+    source = find_data(args.data or "toy", args.root or "data", args.url)[1]
+    samples = data.list_samples(source, "train")
     network.to(memory_format=torch.contiguous_format)
 
     def read(index):
@@ -938,8 +968,8 @@ def plain_way(args, run, network, optimizer, device):
             yield image, torch.from_numpy(labels.copy())[None]
 
     def step(index):
-        pairs = [data.augment(*pair, torch.Generator(), **data.AUGMENT["full"])
-                 for pair in read(index)]
+        pairs = [data.augment(*pair, data.generator(i), **data.AUGMENT["full"])
+                 for i, pair in enumerate(read(index))]
         images, labels = (torch.cat(parts).to(device) for parts in zip(*pairs))
         loss = layers.bce_dice_loss(network(data.normalise(images)), data.targets(labels))
         optimizer.zero_grad()
@@ -957,8 +987,8 @@ def plain_way(args, run, network, optimizer, device):
 
 def this_way(args, run, network, optimizer, device):
     """The same two as this program does them."""
-    source = find_data(args.data or "toy", args.root, args.url)[1]
-    split = open_split(source, "train", args.size, args.root)
+    source = find_data(args.data or "toy", args.root or "data", args.url)[1]
+    split = open_split(source, "train", args.size, args.root or "data")
     segmenter = Segmenter(network, {"mean": data.MEAN, "std": data.STD}, device, run.precision)
 
     def step(index):
@@ -978,7 +1008,7 @@ def measure(args, steps=12):
                                 "width": args.width})
     run.precision = pick_precision(args.precision, device)
     network = build(vars(run)).to(device)
-    optimizer = torch.optim.AdamW(network.parameters(), run.lr)
+    optimizer = make_optimizer(run, network)
     way = {"plain": plain_way, "petseg": this_way}[args.only]
     speeds = []
     for work, mode in zip(way(args, run, network, optimizer, device), (True, False)):
@@ -1010,12 +1040,12 @@ def main():
     except Problem as problem:
         message = str(problem)
     except KeyboardInterrupt:
-        say("\npetseg: interrupted")
+        say("petseg: interrupted")
         raise SystemExit(130)
     except OSError as error:
         full = error.errno == errno.ENOSPC
         message = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}" + (
-            "; make room and start again" if full else "")
+            "; make room and start again; train goes on with --resume RUN" if full else "")
     except (MemoryError, RuntimeError) as error:
         # torch says it by a RuntimeError, on a GPU and on the CPU in these words
         words = ("out of memory", "can't allocate memory", "not enough memory")

@@ -4,6 +4,7 @@ Expected numbers come from the formula, written again here as slowly and plainly
 were worked out by hand. Nothing here needs a network, a GPU, or a fast machine.
 """
 import csv
+import errno
 import hashlib
 import http.server
 import io
@@ -41,8 +42,9 @@ NETWORKS = [layers.UNet, layers.ResNet34UNet]
 TINY = ("--data", "toy", "--size", 32, "--width", 2)
 
 
-def quiet(done, total):
+def quiet(*_):
     """Progress that nobody watches."""
+    return quiet
 
 
 def run(*words, code=0):
@@ -180,6 +182,12 @@ def test_upconcat_brings_x_to_the_size_of_the_skip():
 def test_dropout_only_while_training(model, dropout, training):
     network, x = model(width=4, dropout=dropout).train(training), torch.rand(2, 3, 32, 32)
     assert torch.equal(network(x), network(x)) == (dropout == 0 or not training)
+
+
+def test_one_image_of_the_least_size_can_be_learned_from():
+    network = layers.ResNet34UNet(width=2)  # its bottom is 1×1 here: a single value a channel
+    network(torch.rand(1, 3, 32, 32)).sum().backward()
+    assert all(p.grad.isfinite().all() for p in network.parameters())
 
 
 def slow_losses(logits, target):
@@ -782,6 +790,10 @@ def test_resume_with_more_epochs_equals_one_long_run(trained, root, tmp_path):
         answer("train", "--resume", folder, "--epochs", 2)
     assert_same_run(folder, trained["unet"])
     assert re.search("lr .*0.1", refused("train", "--resume", folder, "--lr", 0.1))
+    shutil.copytree(root, tmp_path / "less")
+    data.list_samples(tmp_path / "less" / data.TOYS, "train")[0].image.unlink()
+    assert "pictures" in refused("train", "--resume", folder, "--epochs", 3, "--root",
+                                 tmp_path / "less")
 
 
 def test_stopped_and_resumed_equals_undisturbed(root, tmp_path):
@@ -920,6 +932,29 @@ def test_what_is_no_checkpoint_is_refused(trained, tmp_path):
     assert not (tmp_path / "executed").exists()
     assert "best.pt" in refused("eval", "--ckpt", best.with_name("last.pt"))
     assert "last.pt" in refused("train", "--resume", tmp_path)
+
+
+@pytest.mark.parametrize("error, advice", [
+    (MemoryError(), "--batch"), (torch.OutOfMemoryError("CUDA out of memory."), "--batch"),
+    (RuntimeError("[..] DefaultCPUAllocator: can't allocate memory: you tried ..."), "--batch"),
+    (OSError(errno.ENOSPC, "No space left on device", "last.pt"), "last.pt; make room.*--resume"),
+    (PermissionError(errno.EACCES, "Permission denied", "runs"), "Permission denied: runs")])
+def test_a_machine_at_its_limits(error, advice, monkeypatch, capsys):
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr(petseg, "ARGS", Namespace(command="fail"))
+    monkeypatch.setitem(petseg.COMMANDS, "fail", fail)
+    with pytest.raises(SystemExit) as stop:
+        petseg.main()
+    assert stop.value.code == 2 and re.search(f"^petseg: .*{advice}", capsys.readouterr().err)
+
+
+def test_a_cache_that_the_disk_cannot_hold(toys, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Namespace(free=4 * 32 * 32 * 4 - 1))
+    with pytest.raises(data.Problem, match="needs.*disk has.*--root"):
+        data.open_split(toys, "valid", (32, 32), tmp_path, quiet)
+    assert not files(tmp_path)
 
 
 @pytest.mark.parametrize("words, expected", [
