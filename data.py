@@ -20,6 +20,7 @@ import time
 import urllib.error
 import urllib.request
 import zlib
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,6 +82,19 @@ def whole_folder(path):
         if path.exists():
             os.replace(path, Path(temporary) / "replaced")
         os.replace(filled, path)
+
+
+def ahead(function, items):
+    """Yields function(item) of each item in turn, worked out by as many threads as there are cores.
+    Four times as many are begun at most before the first is taken, so memory stays flat."""
+    cores, waiting = os.cpu_count(), deque()
+    with ThreadPoolExecutor(cores) as pool:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) == 4 * cores:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 # ----------------------------------------------------------------------- one picture, one trimap
@@ -463,7 +477,7 @@ def draw_toy(rng, breed):
     picture *= 0.75 + 0.5 * noise(rng, width, height, width, height)  # uneven light
     picture += 5 * rng.standard_normal(picture.shape, dtype=np.float32)
     mask = Image.fromarray((255 * alpha * (1 - hidden))[..., 0].astype(np.uint8))
-    near = np.asarray(mask.point(lambda value: 255 * (value > 127)).filter(ImageFilter.BoxBlur(2)))
+    near = np.asarray(mask.point([255 * (value > 127) for value in range(256)]).filter(ImageFilter.BoxBlur(2)))
     trimap = np.where(near > 240, 1, np.where(near < 15, 2, 3)).astype(np.uint8)
     return Image.fromarray(picture.clip(0, 255).astype(np.uint8)), Image.fromarray(trimap)
 
@@ -484,10 +498,9 @@ def make_toys(root, progress, seed=0, trainval=400, test=100):
             return f"{name} {i % len(COATS) + 1} {1 if breed[0].isupper() else 2} 1\n"
 
         lines = []
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            for line in pool.map(draw, range(trainval + test)):
-                lines.append(line)
-                progress(len(lines), trainval + test)
+        for line in ahead(draw, range(trainval + test)):
+            lines.append(line)
+            progress(len(lines), trainval + test)
         head = "# name class species(1 cat, 2 dog) breed\n"
         (filled / "annotations" / "trainval.txt").write_text(head + "".join(lines[:trainval]))
         (filled / "annotations" / "test.txt").write_text(head + "".join(lines[trainval:]))
@@ -517,9 +530,7 @@ def decoded(samples, size):
         except Problem as fault:
             return fault
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(samples), 256):  # so that no more than 256 wait to be taken
-            yield from pool.map(read, samples[start:start + 256])
+    return ahead(read, samples)
 
 
 def open_split(folder, split, size, cache, progress):
@@ -679,13 +690,15 @@ def targets(labels, border="foreground", random=None):
 
 # ----------------------------------------------------------------------------- pictures: results
 
-PET = np.array((230, 97, 1), np.float32)  # orange: colour-blind eyes tell it too
+PET = (230, 97, 1)  # orange: colour-blind eyes tell it too
 
 
 def save_picture(image, path):
     """Writes a picture whole or not at all, in the format of its name's ending."""
+    kind = Image.registered_extensions().get(Path(path).suffix.lower(), "PNG")
     with whole_file(path) as file:
-        image.save(file, Image.registered_extensions().get(Path(path).suffix.lower(), "PNG"))
+        # level 1 of PNG: an overlay of 500×335 in 11 ms instead of 54, for 14% more bytes
+        image.save(file, kind, compress_level=1)
 
 
 def picture(array):
@@ -714,20 +727,19 @@ def enlarge(probability, size):
 
 def overlay(photo, mask):
     """The photo with the pet tinted and its contour drawn, dark beside light on any ground."""
-    width = max(photo.size) / 300
-    soft = picture(mask).filter(ImageFilter.BoxBlur(max(1, width)))
-    near = np.abs(np.asarray(soft, dtype=np.float32)[..., None] / 127.5 - 1)  # 0 on the contour
-    colours = np.asarray(photo, dtype=np.float32)
-    colours = colours + (PET - colours) * np.where(mask[..., None], np.float32(0.35), 0)
-    colours = np.where(near < 0.95, np.where(mask[..., None], 255, 20), colours)
-    return Image.fromarray(colours.astype(np.uint8))
+    inside, plain = picture(mask), Image.new("RGB", photo.size, "white")
+    soft = inside.filter(ImageFilter.BoxBlur(max(1, max(photo.size) / 300)))
+    contour = soft.point([255 * (6 < value < 249) for value in range(256)])
+    tinted = Image.blend(photo, Image.new("RGB", photo.size, PET), 0.35)
+    line = Image.composite(plain, Image.new("RGB", photo.size, (20, 20, 20)), inside)
+    return Image.composite(line, Image.composite(tinted, photo, inside), contour)
 
 
 def cutout(photo, mask):
-    """The pet alone, everything else transparent."""
-    photo = photo.convert("RGBA")
-    photo.putalpha(picture(mask))
-    return photo
+    """The pet alone; everything else is transparent, and gone."""
+    alone = Image.new("RGBA", photo.size)
+    alone.paste(photo, mask=picture(mask))
+    return alone
 
 
 RESULTS = {  # what `infer` can write, each from the photo, its mask, and the true mask or None

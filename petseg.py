@@ -5,7 +5,9 @@ schedules, checkpoints, and then one function for each subcommand, `train` first
 
 What it reaches on two CPU cores (AMD EPYC with bfloat16, torch 2.13.0, one run each, seed 0):
     train unet --data toy              test Dice 0.9656 in 2:25, all included
-    train unet --epochs 3              valid Dice 0.8538 on the pets in 3:59, all included
+    train resnet34_unet --data toy     test Dice 0.9418 in 2:48
+    train unet --epochs 3              valid Dice 0.8538 on the pets in 3:59
+    train resnet34_unet --epochs 3     valid Dice 0.8279 on the pets in 3:58
 """
 import argparse
 import os
@@ -800,17 +802,30 @@ def infer(args):
     if unknown := set(kinds) - set(data.RESULTS):
         raise Problem(f"--save knows {', '.join(data.RESULTS)}, not {', '.join(unknown)}")
 
-    rows, failed, report = [], [], progress("infer")
-    for done, (path, truth, name) in enumerate(zip(paths, truths, unique_names(paths)), start=1):
+    def work(job):
+        path, truth, name = job
         try:
             row = infer_one(segmenter, path, truth, kinds, out / name)
-            rows.append({"file": str(path), "output": name, **row})
+            return {"file": str(path), "output": name, **row}
         except Problem as problem:
-            failed.append(str(problem))
-        report(done, len(paths))
-    with data.whole_file(out / "predictions.csv") as file:
-        write_table(file, rows, ("file", "output", "pet_share", "left", "top", "right", "bottom",
-                                 "confidence", "dice", "iou", "own_size_dice", "own_size_iou"))
+            return problem
+
+    # each core takes a picture from file to file: 342 photos of 500×375 in 9 s on two cores, start
+    # included; one after the other, with both cores on each network pass, 57 took 8 s
+    torch.set_num_threads(1)
+    rows, failed, report = [], [], progress("infer")
+    try:
+        for found in data.ahead(work, zip(paths, truths, unique_names(paths))):
+            if isinstance(found, Problem):
+                failed.append(str(found))
+            else:
+                rows.append(found)
+            report(len(rows) + len(failed), len(paths))
+    finally:  # after Ctrl-C too the table names what was done
+        with data.whole_file(out / "predictions.csv") as file:
+            write_table(file, rows, (
+                "file", "output", "pet_share", "left", "top", "right", "bottom", "confidence",
+                "dice", "iou", "own_size_dice", "own_size_iou"))
 
     result = {"out": str(out), "images": len(rows), "failed": failed}
     text = f"{len(rows)} pictures: {out}"
