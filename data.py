@@ -477,7 +477,8 @@ def draw_toy(rng, breed):
     picture *= 0.75 + 0.5 * noise(rng, width, height, width, height)  # uneven light
     picture += 5 * rng.standard_normal(picture.shape, dtype=np.float32)
     mask = Image.fromarray((255 * alpha * (1 - hidden))[..., 0].astype(np.uint8))
-    near = np.asarray(mask.point([255 * (value > 127) for value in range(256)]).filter(ImageFilter.BoxBlur(2)))
+    sharp = mask.point([255 * (value > 127) for value in range(256)])
+    near = np.asarray(sharp.filter(ImageFilter.BoxBlur(2)))
     trimap = np.where(near > 240, 1, np.where(near < 15, 2, 3)).astype(np.uint8)
     return Image.fromarray(picture.clip(0, 255).astype(np.uint8)), Image.fromarray(trimap)
 

@@ -163,6 +163,7 @@ import json
 import math
 import pickle
 import platform
+import resource
 import signal
 import subprocess
 import threading
@@ -338,6 +339,13 @@ def pick_device(name):
         name = next(kind for kind, here in there.items() if here)
     if not there[name]:
         raise Problem(f"this machine has no {name} device that torch can use; try --device cpu")
+    if name == "cpu" and sys.platform == "linux":
+        # who asks for more memory than there is would be killed without a word; within this limit
+        # the request fails, and `main` can say what to lower
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        if soft == hard == resource.RLIM_INFINITY:
+            resource.setrlimit(resource.RLIMIT_DATA, (int(0.9 * memory), hard))
     return torch.device(name)
 
 
@@ -1042,7 +1050,6 @@ def measure(args, steps=12):
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated() / 1e6
     else:
-        import resource  # not on every system, and for this alone
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
             1e6 if sys.platform == "darwin" else 1e3)
     return {"train": speeds[0], "infer": speeds[1], "memory": memory}

@@ -965,6 +965,7 @@ def test_a_cache_that_the_disk_cannot_hold(toys, tmp_path, monkeypatch):
     ("train unet --data {folder}/nowhere", "nowhere"),
     ("train unet --data {folder}/empty", "trainval.txt"),
     ("train unet --data {folder}/wrong --root {folder}", "50, 100, 150.*expected.*1 = pet"),
+    ("train unet --data {folder}/no-test --root {folder} --width 99999", "memory.*--width"),
     ("eval --ckpt {run}/best.pt --data {folder}/no-test --split test", "--split valid"),
     ("eval --ckpt {run}/best.pt --threshold 2", "threshold"),
     ("infer --ckpt {run}/best.pt {folder}/nowhere", "nowhere"),
