@@ -976,21 +976,20 @@ def bench(args):
              "ratio": middle["petseg"][key] / middle["plain"][key]}
             for key, label in (("train", "train, images/s"), ("infer", "infer, images/s"),
                                ("memory", "peak memory, MB"))]
-    say(f"width {args.width}, {args.size}×{args.size}, batch {args.batch}, median of "
-             f"{args.rounds} rounds")
+    say(f"width {args.width}, {args.size}×{args.size}, batch {args.batch}, median of {args.rounds} "
+        "rounds")
     answer(args, table(rows), {"model": args.model, **middle, "rounds": results})
 
 
-def plain_way(args, run, network, optimizer, device):
+def plain_way(source, root, run, network, optimizer, device):
     """How it is usually done: fp32, contiguous, each picture read from its file every time and
     augmented by itself. Returns a training step and a prediction."""
-    source = find_data(args.data or "toy", args.root or "data", args.url)[1]
     samples = data.list_samples(source, "train")
     network.to(memory_format=torch.contiguous_format)
 
     def read(index):
         for i in index.tolist():
-            image, labels = data.read_pair(samples[i % len(samples)], (args.size, args.size))
+            image, labels = data.read_pair(samples[i % len(samples)], (run.size, run.size))
             image = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].contiguous().float() / 255
             yield image, torch.from_numpy(labels.copy())[None]
 
@@ -1012,10 +1011,9 @@ def plain_way(args, run, network, optimizer, device):
     return step, guess
 
 
-def this_way(args, run, network, optimizer, device):
+def this_way(source, root, run, network, optimizer, device):
     """The same two as this program does them."""
-    source = find_data(args.data or "toy", args.root or "data", args.url)[1]
-    split = open_split(source, "train", args.size, args.root or "data")
+    split = open_split(source, "train", run.size, root)
     segmenter = Segmenter(network, {"mean": data.MEAN, "std": data.STD}, device, run.precision)
 
     def step(index):
@@ -1031,14 +1029,16 @@ def this_way(args, run, network, optimizer, device):
 def measure(args, steps=12):
     """Images per second of training and of inference, and peak memory, of one of the two ways."""
     device = pick_device(args.device)
-    run = argparse.Namespace(**{**settings(args.model, device, True), "batch": args.batch,
-                                "width": args.width})
+    root = args.root or "data"
+    source = find_data(args.data or "toy", root, args.url)[1]
+    run = argparse.Namespace(**settings(args.model, device, toy=False))
+    run.batch, run.width, run.size = args.batch, args.width, args.size
     run.precision = pick_precision(args.precision, device)
     network = build(vars(run)).to(device)
     optimizer = make_optimizer(run, network)
     way = {"plain": plain_way, "petseg": this_way}[args.only]
     speeds = []
-    for work, mode in zip(way(args, run, network, optimizer, device), (True, False)):
+    for work, mode in zip(way(source, root, run, network, optimizer, device), (True, False)):
         network.train(mode)
         for step in range(-3, steps):
             if step == 0:
