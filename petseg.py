@@ -700,7 +700,7 @@ def save_network(path, network, about, run, row):
     weights = {name: value.half() if value.is_floating_point() else value
                for name, value in network.state_dict().items()}
     write_checkpoint({**about, "weights": weights,
-          "trained": {**vars(run), **row, "torch": str(torch.__version__)}}, path)
+          "trained": {**row, **vars(run), "torch": str(torch.__version__)}}, path)
 
 
 def write_json(path, content):
