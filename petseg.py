@@ -465,11 +465,11 @@ def read_checkpoint(path, kind, device="cpu"):
                                                           if path.is_dir() else ""))
     try:
         if not zipfile.is_zipfile(path):
-            raise zipfile.BadZipFile("torch has not written it, or not all of it")
+            raise zipfile.BadZipFile("torch.load would try older formats")
         content = torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:
-        reason = str(error).splitlines()[0] if str(error) else "it is empty"
-        raise Problem(f"{path} is no checkpoint that can be read: {reason}") from error
+        # torch's own words are left out: they tell how to read a file that may hold code
+        raise Problem(f"{path} is damaged, or no checkpoint of petseg") from error
     if not isinstance(content, dict) or content.get("petseg") != kind:
         name = {"network": "best.pt", "training": "last.pt"}[kind]
         raise Problem(f"{path} is not what this needs, the {name} of a petseg run")
@@ -683,8 +683,7 @@ def train(args):
             save_network(folder / "best.pt", average, about, run, history[-1])
         if run.save_every and epoch % run.save_every == 0:
             save_network(folder / f"epoch-{epoch}.pt", average, about, run, history[-1])
-        with data.whole_file(folder / "metrics.csv") as file:
-            write_table(file, history, list(history[0]))
+        write_table(folder / "metrics.csv", history, list(history[0]))
         data.draw_curves(folder / "curves.png", {folder.name: history})
         shown = np.unique(np.linspace(0, len(valid_set.names) - 1, 8).astype(int))
         draw_samples(folder / "samples.png", segmenter, valid_set, shown)
@@ -699,8 +698,8 @@ def save_network(path, network, about, run, row):
     """What it takes to use a network, in half precision, and how it was trained and did."""
     weights = {name: value.half() if value.is_floating_point() else value
                for name, value in network.state_dict().items()}
-    write_checkpoint({**about, "weights": weights,
-          "trained": {**row, **vars(run), "torch": str(torch.__version__)}}, path)
+    trained = {**row, **vars(run), "torch": str(torch.__version__)}
+    write_checkpoint({**about, "weights": weights, "trained": trained}, path)
 
 
 def write_json(path, content):
@@ -709,13 +708,14 @@ def write_json(path, content):
         file.write(json.dumps(content, indent=2).encode())
 
 
-def write_table(file, rows, columns):
-    """Rows (dicts) as CSV into a file opened for bytes; a value that a row lacks stays empty."""
+def write_table(path, rows, columns):
+    """Rows (dicts) as a CSV file; a value that a row lacks stays empty."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns)
     writer.writeheader()
     writer.writerows(rows)
-    file.write(text.getvalue().encode("utf-8", "surrogateescape"))
+    with data.whole_file(path) as file:
+        file.write(text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def write_config(folder, run, device):
@@ -830,10 +830,9 @@ def infer(args):
                 rows.append(found)
             report(len(rows) + len(failed), len(paths))
     finally:  # after Ctrl-C too the table names what was done
-        with data.whole_file(out / "predictions.csv") as file:
-            write_table(file, rows, (
-                "file", "output", "pet_share", "left", "top", "right", "bottom", "confidence",
-                "dice", "iou", "own_size_dice", "own_size_iou"))
+        write_table(out / "predictions.csv", rows, (
+            "file", "output", "pet_share", "left", "top", "right", "bottom", "confidence",
+            "dice", "iou", "own_size_dice", "own_size_iou"))
 
     result = {"out": str(out), "images": len(rows), "failed": failed}
     text = f"{len(rows)} pictures: {out}"
@@ -866,7 +865,7 @@ def infer_one(segmenter, path, truth, kinds, output):
                 ("", small >= segmenter.threshold, data.shrink(answers, small.shape)),
                 ("own_size_", mask, answers)):
             dice, iou = dice_and_iou(confusion(torch.from_numpy(guess)[None],
-                                          torch.from_numpy(right_one > 0)[None]))
+                                               torch.from_numpy(right_one > 0)[None]))
             row |= {f"{prefix}dice": dice.item(), f"{prefix}iou": iou.item()}
     for kind in kinds:
         picture = data.RESULTS[kind](photo, mask, answers > 0 if truth else None)
@@ -884,6 +883,8 @@ def compare(args):
         with open(folder / "metrics.csv", newline="") as file:
             history = [{column: float(value) for column, value in row.items()}
                        for row in csv.DictReader(file)]
+        if not history:
+            raise Problem(f"{folder} is no run with a finished epoch: its metrics.csv has no rows")
         config = json.loads((folder / "config.json").read_text())
         test = folder / "test.json"
         best = max(history, key=lambda row: row["valid_dice"])
