@@ -10,11 +10,14 @@ and a decoder that doubles it again), the initialisation, the losses.
 
 Shapes in the comments are (batch, channels, height, width) for an input of (B, 3, H, W), width 64.
 """
+import copy
 import math
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------- blocks
 
@@ -23,21 +26,29 @@ class BatchNorm(nn.BatchNorm2d):
     """Batch norm; a single value a channel has no variance and goes by the running statistics."""
 
     def forward(self, x):
-        if x.numel() > x.shape[1]:
-            return super().forward(x)
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias)
+        by_batch = self.training and x.numel() > x.shape[1]
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias,
+                            by_batch, self.momentum, self.eps)
 
 
-class ConvBNReLU(nn.Sequential):
-    """A convolution that keeps the size (or divides it by `stride`), batch norm, ReLU."""
+class ConvBN(nn.Module):
+    """A convolution that keeps the size (or divides it by `stride`), then batch norm."""
 
     def __init__(self, in_channels, out_channels, kernel=3, stride=1):
-        super().__init__(
-            # no bias: the batch norm that follows subtracts the mean and adds its own
-            nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=False),
-            BatchNorm(out_channels),
-            nn.ReLU(inplace=True),
-        )
+        super().__init__()
+        # no bias: the batch norm that follows subtracts the mean and adds its own
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=False)
+        self.bn = BatchNorm(out_channels)
+
+    def forward(self, x):
+        return self.bn(self.conv(x))
+
+
+class ConvBNReLU(ConvBN):
+    """Convolution, batch norm, ReLU."""
+
+    def forward(self, x):
+        return F.relu(super().forward(x), inplace=True)
 
 
 class DoubleConv(nn.Sequential):
@@ -58,18 +69,31 @@ class BasicBlock(nn.Module):
     def __init__(self, in_channels, out_channels, stride=1):
         super().__init__()
         self.conv1 = ConvBNReLU(in_channels, out_channels, stride=stride)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.bn2 = BatchNorm(out_channels)
+        self.conv2 = ConvBN(out_channels, out_channels)
         self.shortcut = nn.Identity()
         if stride != 1 or in_channels != out_channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, 1, stride, bias=False),
-                BatchNorm(out_channels),
-            )
+            self.shortcut = ConvBN(in_channels, out_channels, kernel=1, stride=stride)
 
     def forward(self, x):
-        residual = self.bn2(self.conv2(self.conv1(x)))
-        return F.relu(residual + self.shortcut(x), inplace=True)
+        residual = self.conv2(self.conv1(x))
+        residual += self.shortcut(x)
+        return F.relu(residual, inplace=True)
+
+
+def recomputed(function, x):
+    """function(x), of which only x is kept until the backward pass, which computes the rest again.
+    Under eight million numbers there is too little to save for the time that it takes."""
+    if x.numel() < 2**23:
+        return function(x)
+    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+
+
+class MaxPool(nn.MaxPool2d):
+    """Max pooling that does not keep where its maxima were, at 8 bytes each."""
+
+    def forward(self, x):
+        # 0.5 GB less of 6.7 in a step of UNet of width 64 with 32 pictures of 256×256
+        return recomputed(super().forward, x)
 
 
 class UpConcat(nn.Module):
@@ -85,15 +109,27 @@ class UpConcat(nn.Module):
             in_channels = out_channels
         else:
             self.enlarge = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
-        self.convs = DoubleConv(in_channels + skip_channels, out_channels)
+        # convolving the two side by side is convolving each by itself and adding up, without the
+        # copy: a step on two cores takes 2% less time (ResNet34UNet 5%) and 7% less memory
+        self.of_x = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+        if skip_channels:
+            self.of_skip = nn.Conv2d(skip_channels, out_channels, 3, padding=1, bias=False)
+        self.bn = BatchNorm(out_channels)
+        self.conv = ConvBNReLU(out_channels, out_channels)
 
     def forward(self, x, skip):
-        x = self.enlarge(x)
-        # where an odd side was halved, rounding up or down, one row or column is over or missing
-        rows, columns = skip.shape[2] - x.shape[2], skip.shape[3] - x.shape[3]
-        if rows or columns:
-            x = F.pad(x, (0, columns, 0, rows))  # a negative number of rows cuts them off
-        return self.convs(torch.cat((skip, x), dim=1))
+        def enlarge_and_convolve(x):
+            x = self.enlarge(x)
+            # where an odd side was halved, one row or column is over or missing
+            rows, columns = skip.shape[2] - x.shape[2], skip.shape[3] - x.shape[3]
+            if rows or columns:
+                x = F.pad(x, (0, columns, 0, rows))  # a negative number of rows cuts them off
+            return self.of_x(x)
+
+        x = recomputed(enlarge_and_convolve, x)
+        if skip.shape[1]:
+            x += self.of_skip(skip)
+        return self.conv(F.relu(self.bn(x), inplace=True))
 
 
 # -------------------------------------------------------------------------------------- networks
@@ -109,18 +145,40 @@ class EncoderDecoder(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.decoder = nn.ModuleList(decoder)
         self.head = nn.Conv2d(channels, classes, 1)
+        self.recompute = False  # set it to True to train with less memory, more slowly
         initialise(self)
 
     def forward(self, x):
         # for a doubling without a skip: a tensor with no channels, (B, 0, H, W), only for its size
         skips = [x[:, :0]]
         for stage in self.encoder:
-            x = stage(x)
+            x = self.run(stage, x)
             skips.append(x)
         x = self.dropout(skips.pop())
         for up in self.decoder:
-            x = up(x, skips.pop())
+            x = self.run(up, x, skips.pop())
         return self.head(x)  # (B, classes, H, W)
+
+    def run(self, stage, *inputs):
+        """The output of a stage. With `recompute` nothing inside it is kept: the backward pass runs
+        it a second time, in which the batch norms' running statistics stand still."""
+        if not (self.recompute and self.training):
+            return stage(*inputs)
+        norms = [module for module in stage.modules() if isinstance(module, BatchNorm)]
+
+        @contextmanager
+        def second_time():
+            momenta = [norm.momentum for norm in norms]
+            for norm in norms:
+                norm.momentum = 0.0
+            try:
+                yield
+            finally:  # checkpoint leaves by an exception as soon as it has what it needs
+                for norm, momentum in zip(norms, momenta):
+                    norm.momentum = momentum
+
+        return checkpoint(stage, *inputs, use_reentrant=False, preserve_rng_state=False,
+                          context_fn=lambda: (nullcontext(), second_time()))
 
 
 class UNet(EncoderDecoder):
@@ -134,10 +192,10 @@ class UNet(EncoderDecoder):
         c1, c2, c3, c4, c5 = (width * 2**level for level in range(5))
         encoder = [
             DoubleConv(in_channels, c1),                             # (B,   64, H,    W)
-            nn.Sequential(nn.MaxPool2d(2), DoubleConv(c1, c2)),      # (B,  128, H/2,  W/2)
-            nn.Sequential(nn.MaxPool2d(2), DoubleConv(c2, c3)),      # (B,  256, H/4,  W/4)
-            nn.Sequential(nn.MaxPool2d(2), DoubleConv(c3, c4)),      # (B,  512, H/8,  W/8)
-            nn.Sequential(nn.MaxPool2d(2), DoubleConv(c4, c5)),      # (B, 1024, H/16, W/16)
+            nn.Sequential(MaxPool(2), DoubleConv(c1, c2)),      # (B,  128, H/2,  W/2)
+            nn.Sequential(MaxPool(2), DoubleConv(c2, c3)),      # (B,  256, H/4,  W/4)
+            nn.Sequential(MaxPool(2), DoubleConv(c3, c4)),      # (B,  512, H/8,  W/8)
+            nn.Sequential(MaxPool(2), DoubleConv(c4, c5)),      # (B, 1024, H/16, W/16)
         ]
         decoder = [
             UpConcat(c5, c4, c4, up),                                # (B,  512, H/8,  W/8)
@@ -163,7 +221,7 @@ class ResNet34UNet(EncoderDecoder):
 
     def __init__(self, in_channels=3, classes=1, width=64, up="transpose", dropout=0.0):
         c1, c2, c3, c4 = (width * 2**level for level in range(4))
-        pool = nn.MaxPool2d(3, stride=2, padding=1)
+        pool = MaxPool(3, stride=2, padding=1)
         encoder = [
             ConvBNReLU(in_channels, c1, kernel=7, stride=2),         # (B,  64, H/2,  W/2)
             nn.Sequential(pool, *residual_stage(c1, c1, 3, 1)),      # (B,  64, H/4,  W/4)
@@ -187,7 +245,7 @@ def initialise(network):
     inputs to one output) keep the signal's size through any number of ReLU layers. The last batch
     norm of a residual block starts at zero, so that each block starts as the identity
     (https://arxiv.org/abs/1706.02677, section 5.1)."""
-    for module in network.modules():
+    for module in reversed(list(network.modules())):  # what is inside before what is around it
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             inputs = module.in_channels * math.prod(module.kernel_size)
             if isinstance(module, nn.ConvTranspose2d):
@@ -195,8 +253,32 @@ def initialise(network):
             nn.init.normal_(module.weight, std=math.sqrt(2 / inputs))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+        elif isinstance(module, UpConcat):  # two convolutions add up to one output
+            parts = convolutions(module)
+            for part in parts:
+                part.weight.data *= math.sqrt(part.in_channels / sum(p.in_channels for p in parts))
         elif isinstance(module, BasicBlock):
-            nn.init.zeros_(module.bn2.weight)
+            nn.init.zeros_(module.conv2.bn.weight)
+
+
+def convolutions(block):
+    """The convolutions whose sum goes into the batch norm of a ConvBN or an UpConcat."""
+    return [part for part in block.children() if isinstance(part, nn.Conv2d)]
+
+
+def folded(network, dtype=torch.float32):
+    """A copy that predicts faster: each batch norm, by now a fixed scale and shift, becomes part of
+    the convolution before it: γ (w ∗ x − μ) / σ + β = (γ w / σ) ∗ x + (β − γ μ / σ)."""
+    network = copy.deepcopy(network).eval().requires_grad_(False)
+    for block in network.modules():
+        if isinstance(block, (ConvBN, UpConcat)):
+            bn, convs = block.bn, convolutions(block)
+            scale = bn.weight / torch.sqrt(bn.running_var + bn.eps)
+            for conv in convs:
+                conv.weight.mul_(scale.view(-1, 1, 1, 1))
+            convs[0].bias = nn.Parameter(bn.bias - bn.running_mean * scale, requires_grad=False)
+            block.bn = nn.Identity()
+    return network.to(dtype)
 
 
 MODELS = {"unet": UNet, "resnet34_unet": ResNet34UNet}

@@ -71,6 +71,7 @@ OPTIONS = (
     ("border", "foreground", ("foreground", "background", "ignore", "random"),
      "what the trimap's border is while training"),
     ("compile", False, bool, "use torch.compile"),
+    ("recompute", False, bool, "keep less for the backward pass: less memory, a fifth more time"),
     ("precision", "auto", ("auto", "bf16", "fp32"), "auto: bfloat16 where the hardware has it"),
     ("seed", 0, seed, "of every random draw"),
     ("save-every", 0, number(int, 0), "also keep a numbered checkpoint every so many epochs"),
@@ -157,6 +158,7 @@ ARGS = command_line().parse_args() if __name__ == "__main__" else None
 
 import copy
 import csv
+import ctypes
 import errno
 import io
 import json
@@ -339,14 +341,24 @@ def pick_device(name):
         name = next(kind for kind, here in there.items() if here)
     if not there[name]:
         raise Problem(f"this machine has no {name} device that torch can use; try --device cpu")
-    if name == "cpu" and sys.platform == "linux":
-        # who asks for more memory than there is would be killed without a word; within this limit
-        # the request fails, and `main` can say what to lower
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        if soft == hard == resource.RLIM_INFINITY:
-            resource.setrlimit(resource.RLIMIT_DATA, (int(0.9 * memory), hard))
     return torch.device(name)
+
+
+def settle_memory(device):
+    """Sets how this process asks Linux for memory; elsewhere there is nothing to set."""
+    if device.type != "cpu" or sys.platform != "linux":
+        return
+    # who asks for more than there is would be killed without a word; within this limit the request
+    # fails, and `main` can say what to lower
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if soft == hard == resource.RLIM_INFINITY:
+        resource.setrlimit(resource.RLIMIT_DATA, (int(0.9 * memory), hard))
+    # what is freed stays ours, or else the kernel clears new pages for each tensor: a step of UNet
+    # takes 250 ms instead of 300, of ResNet34-UNet 212 instead of 235 (16 images, two cores)
+    m_trim_threshold, m_mmap_threshold = -1, -3  # as glibc's malloc.h numbers them
+    ctypes.CDLL(None).mallopt(m_trim_threshold, 2**31 - 1)
+    ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**25)  # the largest that it takes
 
 
 def pick_precision(name, device):
@@ -391,11 +403,10 @@ def open_split(folder, split, side, root):
 
 
 class Segmenter(NamedTuple):
-    """A network with all that it takes to use it."""
+    """A network made for prediction (`prepare`) with all that it takes to use it."""
     network: torch.nn.Module
     about: dict        # architecture, size, normalisation: what best.pt says beside the weights
     device: torch.device
-    precision: str
     threshold: float = 0.5
     tta: bool = False
 
@@ -407,17 +418,23 @@ def build(about):
     return network.to(memory_format=torch.channels_last)
 
 
+def prepare(network, about, device, precision, threshold=0.5, tta=False):
+    """A Segmenter of a copy of the network; what happens to the network later does not touch it."""
+    # 3% faster than batch norms of their own and autocast, a single photo 10%
+    fast = layers.folded(network, torch.bfloat16 if precision == "bf16" else torch.float32)
+    return Segmenter(fast, about, device, threshold, tta)
+
+
 @torch.inference_mode()
 def predict(segmenter, images):
     """Images (B, 3, H, W) in 0..1 to logits (B, 1, H, W) in fp32; with `tta` those of the mean of
     the picture's probabilities and its mirror image's."""
-    network, about = segmenter.network.eval(), segmenter.about
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=segmenter.precision == "bf16"):
-        x = data.normalise(images, about["mean"], about["std"])
-        logits = network(x).float()
-        if segmenter.tta:
-            mirrored = network(x.flip(3)).float().flip(3)
-            logits = ((logits.sigmoid() + mirrored.sigmoid()) / 2).logit(eps=1e-6)
+    network, about = segmenter.network, segmenter.about
+    x = data.normalise(images, about["mean"], about["std"]).to(network.head.weight.dtype)
+    logits = network(x).float()
+    if segmenter.tta:
+        mirrored = network(x.flip(3)).float().flip(3)
+        logits = ((logits.sigmoid() + mirrored.sigmoid()) / 2).logit(eps=1e-6)
     return logits
 
 
@@ -425,7 +442,7 @@ def score_split(segmenter, split, batch=32, loss="bce_dice"):
     """Predicts a whole split; returns its mean loss and the confusion of each image (N, 4)."""
     total, counts = 0.0, []
     for index in torch.arange(len(split.names)).split(batch):
-        images, labels = data.load(split, index.numpy(), segmenter.device)
+        images, labels = data.load(split, index, segmenter.device)
         target, logits = data.targets(labels), predict(segmenter, images)
         total += layers.LOSSES[loss](logits, target) * len(index)
         counts.append(confusion(logits[:, 0].sigmoid() >= segmenter.threshold, target))
@@ -479,13 +496,14 @@ def read_checkpoint(path, kind, device="cpu"):
 def load_segmenter(path, device="auto", precision="auto", threshold=0.5, tta=False):
     """The network of a best.pt, ready to predict."""
     device = pick_device(device)
+    settle_memory(device)
     about = read_checkpoint(path, "network", device)
     network = build(about).to(device)
     try:
         network.load_state_dict(about.pop("weights"))
     except RuntimeError as error:
         raise Problem(f"the weights in {path} do not fit the network that it describes") from error
-    return Segmenter(network, about, device, pick_precision(precision, device), threshold, tta)
+    return prepare(network, about, device, pick_precision(precision, device), threshold, tta)
 
 
 # ------------------------------------------------------------------------------------------ train
@@ -550,7 +568,7 @@ def train_step(run, network, optimizer, split, group, epoch, step):
     torch.manual_seed(data.generator("dropout", run.seed, epoch, step).initial_seed())
     for part, index in enumerate(group.split(run.batch)):
         random = data.generator("augment", run.seed, epoch, step, part)
-        images, labels = data.load(split, index.numpy(), device)
+        images, labels = data.load(split, index, device)
         if run.augment != "none":
             images, labels = data.augment(images, labels, random, run.augment_prob,
                                           **data.AUGMENT[run.augment])
@@ -584,9 +602,10 @@ def train(args):
     """Trains a network from scratch, or goes on with a run; scores it; leaves all in its folder."""
     torch.backends.cudnn.deterministic = True  # the same seed gives the same weights
     device = pick_device(args.device)
+    settle_memory(device)
     folder, run, state = start_or_resume(args, device)
     source = find_data(run.data, run.root, args.url)[1]
-    train_set = open_split(source, "train", run.size, run.root)
+    train_set = data.onto(open_split(source, "train", run.size, run.root), device)
     valid_set = open_split(source, "valid", run.size, run.root)
 
     about = {"petseg": "network", "model": run.model, "width": run.width, "up": run.up,
@@ -594,8 +613,8 @@ def train(args):
              "mean": data.MEAN, "std": data.STD}
     torch.manual_seed(run.seed)
     network = build(about).to(device)
+    network.recompute = run.recompute
     average = copy.deepcopy(network) if run.ema else network
-    segmenter = Segmenter(average, about, device, run.precision)
     compiled = torch.compile(network) if run.compile else network
     optimizer = make_optimizer(run, network)
 
@@ -666,6 +685,7 @@ def train(args):
                 line.show(f"epoch {epoch}/{run.epochs}  step {step + 1}/{per_epoch}  "
                           f"loss {loss:.4f}  {speed:.0f} images/s  {clock(left)} left")
 
+        segmenter = prepare(average, about, device, run.precision)
         valid_loss, counts = score_split(segmenter, valid_set, run.batch, run.loss)
         stop_if_not_finite(valid_loss)
         valid, (train_loss, train_dice, train_iou) = scores(counts), (sums / images).tolist()

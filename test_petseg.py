@@ -3,6 +3,7 @@
 Expected numbers come from the formula, written again here as slowly and plainly as possible, or
 were worked out by hand. Nothing here needs a network, a GPU, or a fast machine.
 """
+import copy
 import csv
 import errno
 import hashlib
@@ -156,25 +157,77 @@ def test_encoder_computes_what_the_reference_resnet34_computes():
 @pytest.mark.parametrize("model", NETWORKS)
 def test_initialisation(model):
     torch.manual_seed(0)
-    for module in model(width=16).modules():
+    network, sums = model(width=16), {}
+    for up in network.decoder:  # two convolutions add up to one output
+        parts = [part for part in up.children() if isinstance(part, nn.Conv2d)]
+        sums |= dict.fromkeys(parts, sum(part.in_channels for part in parts))
+    for module in network.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and module.weight.numel() > 2000:
             # each output of a doubling by a 2×2 convolution sees one tap of each channel
             taps = 1 if isinstance(module, nn.ConvTranspose2d) else math.prod(module.kernel_size)
-            expected = math.sqrt(2 / (module.in_channels * taps))
+            expected = math.sqrt(2 / (sums.get(module, module.in_channels) * taps))
             assert module.weight.std().item() == pytest.approx(expected, rel=0.08)
         if isinstance(module, layers.BasicBlock):  # starts as its shortcut
-            x = torch.randn(2, module.conv1[0].in_channels, 4, 4)
+            x = torch.randn(2, module.conv1.conv.in_channels, 4, 4)
             assert torch.equal(module(x), F.relu(module.shortcut(x)))
 
 
-def test_upconcat_brings_x_to_the_size_of_the_skip():
-    step = layers.UpConcat(2, 3, 5, up="bilinear")
-    step.convs = nn.Identity()
-    x, skip = torch.rand(1, 2, 4, 4), torch.rand(1, 3, 9, 7)
-    joined, large = step(x, skip), F.interpolate(x, size=(8, 8), mode="bilinear")
-    assert torch.equal(joined[:, :3], skip)
-    assert torch.equal(joined[:, 3:, :8], large[..., :7])  # a column too many is cut off
-    assert not joined[:, 3:, 8].any()  # a row too few is filled up
+def test_upconcat_convolves_skip_and_enlarged_x_side_by_side():
+    up = layers.UpConcat(2, 3, 5, up="bilinear")
+    x, skip = torch.rand(4, 2, 4, 4), torch.rand(4, 3, 9, 7)
+    large = F.interpolate(x, size=(8, 8), mode="bilinear")
+    large = torch.cat((large, torch.zeros(4, 2, 1, 8)), dim=2)[..., :7]  # to the skip's size
+    weights = torch.cat((up.of_skip.weight, up.of_x.weight), dim=1)
+    joined = F.conv2d(torch.cat((skip, large), dim=1), weights, padding=1)
+    normed = F.relu(F.batch_norm(joined, None, None, training=True))
+    torch.testing.assert_close(up(x, skip), up.conv(normed))
+
+
+def test_max_pool_of_a_large_tensor_keeps_no_places_of_maxima():
+    x = torch.rand(1, 8, 1024, 1024, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.dtype) or t, lambda t: t):
+        result = layers.MaxPool(2)(x)
+    assert torch.int64 not in kept
+    result.square().sum().backward()
+    y = x.detach().requires_grad_()
+    expected = F.max_pool2d(y, 2)
+    expected.square().sum().backward()
+    assert torch.equal(result, expected) and torch.equal(x.grad, y.grad)
+
+
+@pytest.mark.parametrize("model", NETWORKS)
+def test_recomputing_changes_memory_and_nothing_else(model):
+    images, results, kept = torch.rand(3, 3, 64, 64), [], []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        network = model(width=4, dropout=0.5)
+        network.recompute = recompute
+        sizes = []
+        hooks = (lambda t: sizes.append(t.numel()) or t, lambda t: t)
+        with torch.autograd.graph.saved_tensors_hooks(*hooks):
+            loss = network(images).square().mean()
+        loss.backward()
+        kept.append(sum(sizes))
+        results.append([*network.state_dict().values(), *(p.grad for p in network.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert kept[1] < kept[0] / 2
+
+
+@pytest.mark.parametrize("model", NETWORKS)
+def test_folded_network_says_the_same(model):
+    torch.manual_seed(0)
+    network, images = model(width=4), torch.rand(4, 3, 64, 64)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):  # as after some training
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+    network(images)
+    before = copy.deepcopy(network.state_dict())
+    folded = layers.folded(network)
+    assert not [m for m in folded.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert all(torch.equal(a, b) for a, b in zip(before.values(), network.state_dict().values()))
+    torch.testing.assert_close(folded(images), network.eval()(images), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("model", NETWORKS)
@@ -702,7 +755,7 @@ def test_scores_against_slow_loops():
 def test_score_of_a_split_counts_each_image_once(toys, tmp_path):
     split = data.open_split(toys, "test", (32, 32), tmp_path, quiet)
     about = {"mean": data.MEAN, "std": data.STD}
-    segmenter = petseg.Segmenter(layers.UNet(width=2), about, torch.device("cpu"), "fp32")
+    segmenter = petseg.prepare(layers.UNet(width=2), about, torch.device("cpu"), "fp32")
     losses, dices = [], []
     for i in range(10):
         images, labels = data.load(split, np.array([i]))
