@@ -97,8 +97,9 @@ def command_line():
         if "precision" in parts:
             add("--precision", choices=("auto", "bf16", "fp32"), default="auto")
         if "data" in parts:
-            add("--data", help=OPTIONS[0][3])
-            add("--root", help=OPTIONS[1][3])
+            bench = name == "bench"
+            add("--data", help=OPTIONS[0][3], default="toy" if bench else None)
+            add("--root", help=OPTIONS[1][3], default="data" if bench else None)
         if "data" in parts or "url" in parts:
             add("--url", default=PETS_URL, help="a mirror to download the pets from")
         return add
@@ -145,11 +146,17 @@ def command_line():
     add = command("bench", "images per second and peak memory: the plain loop and this one",
                   "device", "precision", "data")
     add("model", choices=MODELS)
-    add("--size", type=side, default=128)
-    add("--width", type=positive, default=16)
-    add("--batch", type=positive, default=16)
-    add("--rounds", type=positive, default=3)
-    add("--only", choices=("plain", "petseg"), help=argparse.SUPPRESS)
+    add("--size", type=side, help="by default as in training, like the next two")
+    add("--width", type=positive)
+    add("--batch", type=positive)
+    add("--rounds", type=positive, default=3, help="measurements of each way, of which the median")
+    add("--recompute", action="store_true", help="with less memory, as in training")
+    add("--layers", action="store_true", help="instead: each layer's time, and how near its limit")
+    add("--memory", type=number(float, 0), metavar="GB", help="instead: the largest batch within it")
+    add("--grid", action="store_true", help="instead: images/s over batch sizes and sides")
+    add("--growth", action="store_true", help="instead: images/s from ten times as much data")
+    add("--only", help=argparse.SUPPRESS)
+    add("--times", type=positive, help=argparse.SUPPRESS)
     return parser
 
 
@@ -168,6 +175,7 @@ import platform
 import resource
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 import zipfile
@@ -949,8 +957,9 @@ def manage_data(args):
 # -------------------------------------------------------------------------------- summary, bench
 
 
-def summary(args):
-    """Prints each layer's output, parameters and multiply-adds, from one pass without numbers."""
+def trace(model, width, side, up="transpose"):
+    """A row for each innermost layer of a network: its name, input and output (1, C, H, W),
+    parameters and multiply-adds, from one pass without numbers."""
     rows = []
 
     def note(layer, inputs, output):
@@ -959,64 +968,47 @@ def summary(args):
             # a convolution works for each of its outputs, a transposed one for each of its inputs
             places = (output if isinstance(layer, torch.nn.Conv2d) else inputs[0])[0, 0].numel()
             macs = places * layer.weight.numel()
-        rows.append({"layer": names[layer], "kind": type(layer).__name__,
-                     "output": "×".join(map(str, output.shape[1:])),
-                     "parameters": sum(p.numel() for p in layer.parameters()),
-                     "multiply_adds": macs})
+        rows.append({"layer": names[layer], "kind": type(layer).__name__, "input": inputs[0].shape,
+                     "output": output.shape, "multiply_adds": macs,
+                     "parameters": sum(p.numel() for p in layer.parameters())})
 
-    with torch.device("meta"):  # shapes alone: nothing is computed
-        network = layers.MODELS[args.model](width=args.width, up=args.up)
+    with torch.device("meta"), torch.no_grad():  # shapes alone: nothing is computed
+        network = layers.MODELS[model](width=width, up=up)
         names = {layer: name for name, layer in network.named_modules()}
         for layer in names:
             if not list(layer.children()):
                 layer.register_forward_hook(note)
-        network(torch.zeros(1, 3, args.size, args.size))
+        network(torch.zeros(1, 3, side, side))
+    return rows
+
+
+def summary(args):
+    """Prints each layer's output, parameters and multiply-adds."""
+    rows = [{"layer": row["layer"], "kind": row["kind"],
+             "output": "×".join(map(str, row["output"][1:])), "parameters": row["parameters"],
+             "multiply_adds": row["multiply_adds"]}
+            for row in trace(args.model, args.width, args.size, args.up)]
     total = {name: sum(row[name] for row in rows) for name in ("parameters", "multiply_adds")}
     answer(args, table([*rows, {"layer": "all", "kind": args.model, "output": "", **total}]),
            {"model": args.model, "size": args.size, "width": args.width, **total, "layers": rows})
 
 
-def bench(args):
-    """Times the plain way of doing it against this program's, in fresh processes by turns."""
-    if args.only:
-        return answer(args, "", measure(args))
-    find_data(args.data or "toy", args.root or "data", args.url)
-    results = {"plain": [], "petseg": []}
-    line = Line()
-    for turn in range(args.rounds):
-        for way in results:
-            line.show(f"round {turn + 1} of {args.rounds}: {way}")
-            words = [sys.executable, __file__, *sys.argv[1:], "--only", way, "--json"]
-            child = subprocess.run(words, capture_output=True, text=True)
-            if child.returncode:
-                raise Problem(child.stderr.strip().splitlines()[-1].removeprefix("petseg: "))
-            results[way].append(json.loads(child.stdout.splitlines()[-1]))
-    middle = {way: {key: float(np.median([r[key] for r in rounds])) for key in rounds[0]}
-              for way, rounds in results.items()}
-    rows = [{args.model: label, "plain": middle["plain"][key], "petseg": middle["petseg"][key],
-             "ratio": middle["petseg"][key] / middle["plain"][key]}
-            for key, label in (("train", "train, images/s"), ("infer", "infer, images/s"),
-                               ("memory", "peak memory, MB"))]
-    say(f"width {args.width}, {args.size}×{args.size}, batch {args.batch}, median of {args.rounds} "
-        "rounds")
-    answer(args, table(rows), {"model": args.model, **middle, "rounds": results})
-
-
-def plain_way(source, root, run, network, optimizer, device):
+def plain_way(run, samples, device):
     """How it is usually done: fp32, contiguous, each picture read from its file every time and
-    augmented by itself. Returns a training step and a prediction."""
-    samples = data.list_samples(source, "train")
-    network.to(memory_format=torch.contiguous_format)
+    augmented by itself. Returns a training step and a prediction, both of a list of indices."""
+    layers.TransposedConv.forward = torch.nn.ConvTranspose2d.forward
+    network = layers.MODELS[run.model](width=run.width, up=run.up).to(device)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=run.lr)
 
-    def read(index):
-        for i in index.tolist():
-            image, labels = data.read_pair(samples[i % len(samples)], (run.size, run.size))
-            image = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].contiguous().float() / 255
-            yield image, torch.from_numpy(labels.copy())[None]
+    def tensor(image):
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].contiguous().float() / 255
 
     def step(index):
-        pairs = [data.augment(*pair, data.generator(i), **data.AUGMENT["full"])
-                 for i, pair in enumerate(read(index))]
+        pairs = []
+        for i in index:
+            image, labels = data.read_pair(samples[i], (run.size, run.size))
+            pairs.append(data.augment(tensor(image), torch.tensor(labels)[None],
+                                      data.generator(i), **data.AUGMENT["full"]))
         images, labels = (torch.cat(parts).to(device) for parts in zip(*pairs))
         loss = layers.bce_dice_loss(network(data.normalise(images)), data.targets(labels))
         optimizer.zero_grad()
@@ -1024,56 +1016,297 @@ def plain_way(source, root, run, network, optimizer, device):
         optimizer.step()
         return loss.item()
 
+    @torch.no_grad()
     def guess(index):
-        images = torch.cat([image for image, _ in read(index)]).to(device)
-        with torch.no_grad():
-            return (network(data.normalise(images)).sigmoid() >= 0.5).cpu()
+        images = torch.cat([tensor(data.read_image(samples[i].image, (run.size, run.size)))
+                            for i in index]).to(device)
+        return (network.eval()(data.normalise(images)).sigmoid() >= 0.5).cpu()
 
     return step, guess
 
 
-def this_way(source, root, run, network, optimizer, device):
-    """The same two as this program does them."""
-    split = open_split(source, "train", run.size, root)
-    segmenter = Segmenter(network, {"mean": data.MEAN, "std": data.STD}, device, run.precision)
+def this_way(run, split, device):
+    """The same two as `train` and `infer` do them, with the network and its optimizer."""
+    network = build(vars(run)).to(device)
+    network.recompute = run.recompute
+    average, optimizer = copy.deepcopy(network), make_optimizer(run, network)
+    segmenter = prepare(network, {"mean": data.MEAN, "std": data.STD}, device, run.precision)
 
     def step(index):
-        return train_step(run, network, optimizer, split, index % len(split.names), 1, 1)
+        train_step(run, network, optimizer, split, torch.tensor(index), 1, index[0])
+        follow(average, network, run.ema, index[0])
 
     def guess(index):
-        images, _ = data.load(split, (index % len(split.names)).numpy(), device)
+        images, _ = data.load(split, torch.tensor(index), device)
         return (predict(segmenter, images).sigmoid() >= 0.5).cpu()
 
-    return step, guess
+    return step, guess, network, optimizer
 
 
-def measure(args, steps=12):
-    """Images per second of training and of inference, and peak memory, of one of the two ways."""
-    device = pick_device(args.device)
-    root = args.root or "data"
-    source = find_data(args.data or "toy", root, args.url)[1]
-    run = argparse.Namespace(**settings(args.model, device, toy=False))
-    run.batch, run.width, run.size = args.batch, args.width, args.size
-    run.precision = pick_precision(args.precision, device)
-    network = build(vars(run)).to(device)
-    optimizer = make_optimizer(run, network)
-    way = {"plain": plain_way, "petseg": this_way}[args.only]
-    speeds = []
-    for work, mode in zip(way(source, root, run, network, optimizer, device), (True, False)):
-        network.train(mode)
-        for step in range(-3, steps):
-            if step == 0:
-                began = time.monotonic()
-            work(torch.arange(args.batch) + (step + 3) * args.batch)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        speeds.append(steps * args.batch / (time.monotonic() - began))
+def noise_split(number, side):
+    """As many pictures of noise, where speed alone is asked for."""
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (number, side, side, 3), np.uint8)
+    return data.Split([""] * number, images, random.integers(0, 3, images.shape[:3], np.uint8), [])
+
+
+def wait(device):
+    """Until the device is done with all that it was given; a CPU always is."""
     if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated() / 1e6
-    else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-            1e6 if sys.platform == "darwin" else 1e3)
-    return {"train": speeds[0], "infer": speeds[1], "memory": memory}
+        torch.cuda.synchronize(device)
+
+
+def pace(work, run, device, number, steps=12, warm=3):
+    """Images per second of `work`, which takes the indices of a batch out of `number` pictures."""
+    order = data.shuffled(number, 1 + (warm + steps) * run.batch // number, run.seed, 1).tolist()
+    for step in range(-warm, steps):
+        if step == 0:
+            wait(device)
+            began = time.perf_counter()
+        at = (step + warm) * run.batch
+        work(order[at:at + run.batch])
+    wait(device)
+    return steps * run.batch / (time.perf_counter() - began)
+
+
+def peak_memory(device):
+    """The most memory that this process has held, in GB; on a GPU its tensors alone."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def where_time_goes(run, step, network, optimizer, device, number, steps=12):
+    """Milliseconds of each part of a training step, by clocks put around the functions it calls."""
+    spent = dict.fromkeys((*NETWORK_PARTS, "reading", "augmentation"), 0.0)
+
+    def clocked(part, function):
+        def timed(*args, **kwargs):
+            wait(device)
+            began = time.perf_counter()
+            result = function(*args, **kwargs)
+            wait(device)
+            spent[part] += time.perf_counter() - began
+            return result
+        return timed
+
+    data.load, data.augment = clocked("reading", data.load), clocked("augmentation", data.augment)
+    network.forward = clocked("forward", network.forward)
+    layers.LOSSES[run.loss] = clocked("forward", layers.LOSSES[run.loss])
+    torch.Tensor.backward = clocked("backward", torch.Tensor.backward)
+    torch.nn.utils.clip_grad_norm_ = clocked("optimizer", torch.nn.utils.clip_grad_norm_)
+    optimizer.step = clocked("optimizer", optimizer.step)
+    whole = run.batch / pace(step, run, device, number, steps, warm=0)
+    parts = {part: seconds / steps for part, seconds in spent.items()}
+    parts["metrics, moving average"] = whole - sum(parts.values())
+    return {part: 1000 * seconds for part, seconds in parts.items()}
+
+
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+NETWORK_PARTS = ("forward", "backward", "optimizer")  # the others are overhead
+
+
+def matrix_rate(device, precision):
+    """Multiply-adds per second of a product of two large matrices."""
+    side, times = 2048 if device.type == "cpu" else 8192, []
+    a = torch.randn(side, side, device=device).to(PRECISIONS[precision])
+    for _ in range(13):
+        wait(device)
+        began = time.perf_counter()
+        a @ a
+        wait(device)
+        times.append(time.perf_counter() - began)
+    return side**3 / np.median(times[3:])
+
+
+def one_measurement(args, run, device):
+    """What `bench` asks of a fresh process."""
+    if args.only == "plain":
+        samples = data.list_samples(find_data(args.data, args.root, args.url)[1], "train")
+        step, guess = plain_way(run, samples, device)
+        return {"train": pace(step, run, device, len(samples)),
+                "infer": pace(guess, run, device, len(samples)), "memory": peak_memory(device)}
+    settle_memory(device)
+    if args.only == "step":
+        step, *_ = this_way(run, noise_split(run.batch, run.size), device)
+        return {"train": pace(step, run, device, run.batch, steps=2, warm=1),
+                "memory": peak_memory(device)}
+    split = data.onto(open_split(find_data(args.data, args.root, args.url)[1], "train", run.size,
+                                 args.root), device)
+    number = len(split.names)
+    if args.only == "growth":
+        return growth(args, run, split, device)
+    step, guess, network, optimizer = this_way(run, split, device)
+    return {"train": pace(step, run, device, number), "infer": pace(guess, run, device, number),
+            "memory": peak_memory(device), "matrix_rate": matrix_rate(device, run.precision),
+            **where_time_goes(run, step, network, optimizer, device, number)}
+
+
+def growth(args, run, split, device):
+    """Images per second and memory, from a memory map that holds the split so many times."""
+    number = len(split.names) * args.times
+    with tempfile.TemporaryDirectory(dir=Path(args.root) / "cache") as folder:
+        for name in ("images", "labels"):
+            part, path = getattr(split, name), Path(folder) / f"{name}.npy"
+            copies = np.lib.format.open_memmap(path, "w+", np.uint8, (number, *part.shape[1:]))
+            for i in range(args.times):
+                copies[i * len(part):(i + 1) * len(part)] = part
+            del copies
+            split = split._replace(**{name: np.load(path, mmap_mode="r")})
+        step, *_ = this_way(run, split, device)
+        return {"images": number, "train": pace(step, run, device, number, steps=100),
+                "memory": peak_memory(device)}
+
+
+def in_fresh_process(way, **options):
+    """A measurement in a process of its own, whose peak memory is then that of the measurement."""
+    words = [f"--{name}={value}" for name, value in options.items()]
+    words = [sys.executable, __file__, *sys.argv[1:], "--only", way, "--json", *words]
+    child = subprocess.run(words, capture_output=True, text=True)
+    if child.returncode:
+        raise Problem(child.stderr.strip().splitlines()[-1].removeprefix("petseg: "))
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def by_turns(args, ways):
+    """The medians of each way's measurements, taken by turns, so that no way has a better hour."""
+    results, line = {name: [] for name in ways}, Line()
+    for turn in range(args.rounds):
+        for name, way in ways.items():
+            line.show(f"round {turn + 1} of {args.rounds}: {name}")
+            results[name].append(way())
+    return {name: {key: float(np.median([round[key] for round in rounds])) for key in rounds[0]}
+            for name, rounds in results.items()}
+
+
+def bench_ways(args, run, device):
+    """The plain way against this one, against the machine's arithmetic, and the parts of a step."""
+    find_data(args.data, args.root, args.url)
+    found = by_turns(args, {way: lambda way=way: in_fresh_process(way)
+                            for way in ("plain", "petseg")})
+    plain, petseg = found["plain"], found["petseg"]
+    ways = [{args.model: label, **{way: found[way][key] for way in found},
+             "ratio": petseg[key] / plain[key]}
+            for key, label in (("train", "train, images/s"), ("infer", "infer, images/s"),
+                               ("memory", "peak memory, GB"))]
+    macs = sum(row["multiply_adds"] for row in trace(args.model, run.width, run.size))
+    rate = petseg["matrix_rate"]
+    # the backward pass is two more convolutions for each: for its input and for its weights
+    share = {"train": 3 * macs * petseg["train"] / rate, "infer": macs * petseg["infer"] / rate}
+    parts = {part: petseg[part] for part in petseg if part not in {*plain, "matrix_rate"}}
+    whole = sum(parts.values())
+    overhead = 1 - sum(parts[part] for part in NETWORK_PARTS) / whole
+    rows = [{"part_of_a_step": part, "ms": ms, "share": ms / whole} for part, ms in parts.items()]
+    text = (f"{table(ways)}\n\nmatrix products: {rate / 1e9:,.0f} G multiply-adds a "
+            f"second; of that training reaches {share['train']:.0%}, inference {share['infer']:.0%}"
+            f"\n\n{table(rows)}\nall but forward, backward and optimizer: {overhead:.1%}")
+    return text, {**found, "multiply_adds": macs, "share": share, "overhead": overhead}
+
+
+def bench_layers(args, run, device):
+    """Each layer by itself, forward and backward: its time and its share of the arithmetic limit."""
+    network, rows, seen = build(vars(run)).to(device), [], {}
+    rate = matrix_rate(device, run.precision)
+    for row in trace(args.model, run.width, run.size):
+        layer, shape = network.get_submodule(row["layer"]), (run.batch, *row["input"][1:])
+        x = torch.randn(shape, device=device, dtype=PRECISIONS[run.precision])
+        x = x.to(memory_format=torch.channels_last).requires_grad_(bool(rows))  # the first needs none
+
+        def forward(_):
+            with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16"):
+                return layer(x)
+
+        def both(_):
+            y = forward(_)
+            inputs = [tensor for tensor in (x, *layer.parameters()) if tensor.requires_grad]
+            torch.autograd.grad(y, inputs, torch.ones_like(y))
+
+        kind = (row["kind"], shape, row["output"], row["parameters"])
+        if kind not in seen:  # the same layer at another place takes the same time
+            seen[kind] = [run.batch / pace(work, run, device, run.batch, steps=8)
+                          for work in (forward, both)]
+        ahead, whole = seen[kind]
+        macs = run.batch * row["multiply_adds"]
+        rows.append({"layer": row["layer"], "kind": row["kind"], "input": "×".join(map(str, shape)),
+                     "forward_ms": 1000 * ahead, "backward_ms": 1000 * (whole - ahead),
+                     "forward_limit": macs / ahead / rate,
+                     "backward_limit": 2 * macs / max(whole - ahead, 1e-9) / rate})
+    total = sum(row["forward_ms"] + row["backward_ms"] for row in rows)
+    for row in rows:
+        row["share_of_time"] = (row["forward_ms"] + row["backward_ms"]) / total
+    rows.sort(key=lambda row: -row["share_of_time"])
+    return table(rows), {"layers": rows, "matrix_rate": rate}
+
+
+def bench_memory(args, run, device):
+    """The largest batch that trains within a budget of memory."""
+    peaks, line = {}, Line()
+
+    def peak(batch):
+        if batch not in peaks:
+            line.show(f"batch {batch}")
+            try:
+                peaks[batch] = in_fresh_process("step", batch=batch)["memory"]
+            except Problem:  # not enough memory
+                peaks[batch] = math.inf
+        return peaks[batch]
+
+    if peak(1) > args.memory:
+        raise Problem(f"a single picture takes {peaks[1]:.2f} GB; lower --size or --width, or try "
+                      "--recompute")
+    # memory grows along a line: two points of it tell where to look
+    batch = max(1, int(2 + (args.memory - peak(2)) / max((peak(6) - peak(2)) / 4, 1e-4)))
+    while peak(batch) > args.memory:
+        batch -= 1
+    while peak(batch + 1) <= args.memory:
+        batch += 1
+    rows = [{"batch": size, "peak_memory_GB": peaks[size]} for size in sorted(peaks)]
+    return (f"{table(rows)}\nwithin {args.memory:g} GB: batch {batch}",
+            {"budget_GB": args.memory, "largest_batch": batch, "peaks": rows})
+
+
+def bench_grid(args, run, device):
+    """Images per second of training over batch sizes and sides."""
+    settle_memory(device)
+    rows, line = [], Line()
+    for run.size in (64, 128, 256, 512):
+        row = {"side": run.size}
+        for run.batch in (1, 2, 4, 8, 16, 32, 64):
+            line.show(f"side {run.size}, batch {run.batch}")
+            step, *_ = this_way(run, noise_split(run.batch, run.size), device)
+            steps = max(1, 2**19 // (run.batch * run.size**2))
+            row[f"batch_{run.batch}"] = pace(step, run, device, run.batch, steps, warm=1)
+        rows.append(row)
+    return table(rows), {"grid": rows}
+
+
+def bench_growth(args, run, device):
+    """Training from the data set and from one ten times as large, both memory-mapped."""
+    found = by_turns(args, {f"{times} times the data": lambda times=times:
+                            in_fresh_process("growth", times=times) for times in (1, 10)})
+    rows = [{"data": name, **row} for name, row in found.items()]
+    return table(rows), {"growth": rows}
+
+
+def bench(args):
+    """Times the plain way against this one, or does what else --layers … --growth ask for."""
+    device = pick_device(args.device)
+    asked = {name: getattr(args, name) for name in ("batch", "size", "width") if getattr(args, name)}
+    run = argparse.Namespace(**{
+        **settings(args.model, device, toy=False), **asked, "recompute": args.recompute,
+        "precision": pick_precision(args.precision, device)})
+    if args.only:
+        return answer(args, "", one_measurement(args, run, device))
+    about = {"model": run.model, "width": run.width, "size": run.size, "batch": run.batch,
+             "precision": run.precision, "device": str(device), "torch": str(torch.__version__),
+             "threads": torch.get_num_threads()}
+    say(", ".join(f"{name} {value}" for name, value in about.items()))
+    kinds = {"layers": bench_layers, "memory": bench_memory, "grid": bench_grid,
+             "growth": bench_growth}
+    kind = next((kinds[name] for name in kinds if getattr(args, name)), bench_ways)
+    text, result = kind(args, run, device)
+    answer(args, text, {**about, **result})
 
 
 COMMANDS = {"train": train, "eval": evaluate, "infer": infer, "compare": compare,

@@ -172,6 +172,12 @@ def test_initialisation(model):
             assert torch.equal(module(x), F.relu(module.shortcut(x)))
 
 
+def test_transposed_conv_is_torchs():
+    layer, x = layers.TransposedConv(3, 5), torch.rand(2, 3, 4, 7)
+    expected = F.conv_transpose2d(x, layer.weight, layer.bias, stride=2)
+    torch.testing.assert_close(layer(x), expected)
+
+
 def test_upconcat_convolves_skip_and_enlarged_x_side_by_side():
     up = layers.UpConcat(2, 3, 5, up="bilinear")
     x, skip = torch.rand(4, 2, 4, 4), torch.rand(4, 3, 9, 7)
@@ -680,6 +686,17 @@ def test_archive_that_leaves_its_folder_is_refused(mirror, tmp_path, name, kind,
         data.get_pets(tmp_path / "root", mirror.url, quiet, sums, ())
     assert not (tmp_path / "root" / data.PETS / "images").exists()
     assert not list(tmp_path.rglob("evil*")) and not list(tmp_path.rglob("*.jpg"))
+
+
+@pytest.mark.parametrize("mode, shape", [("L", (7, 5)), ("RGB", (1, 9, 3)), ("RGBA", (6, 1, 4))])
+def test_png_is_read_back_as_it_was(tmp_path, mode, shape):
+    pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+    data.save_picture(Image.fromarray(pixels), tmp_path / "any.png")
+    with Image.open(tmp_path / "any.png") as image:
+        image.verify()
+    with Image.open(tmp_path / "any.png") as image:
+        assert image.format == "PNG" and image.mode == mode
+        assert np.array_equal(np.asarray(image), pixels)
 
 
 def test_mask_overlay_cutout_and_panel():
