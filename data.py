@@ -619,8 +619,8 @@ def load(split, index, device=torch.device("cpu")):
     No worker processes: taking a batch from the memory map costs 0.5 ms, a training step 148
     (UNet of width 16, 8 images of 128×128, two cores).
     """
-    if torch.is_tensor(split.images):  # see `onto`
-        index = send(index, device)
+    on_gpu = torch.is_tensor(split.images)  # see `onto`
+    index = send(index, device) if on_gpu else np.asarray(index)
     images, labels = (send(torch.as_tensor(part[index]), device) for part in split[1:3])
     # seen as (B, 3, H, W) without moving a byte: this is what torch calls channels-last
     return images.permute(0, 3, 1, 2).float() / 255, labels

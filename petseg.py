@@ -156,7 +156,6 @@ def command_line():
     add("--grid", action="store_true", help="instead: images/s over batch sizes and sides")
     add("--growth", action="store_true", help="instead: images/s from ten times as much data")
     add("--only", help=argparse.SUPPRESS)
-    add("--times", type=positive, help=argparse.SUPPRESS)
     return parser
 
 
@@ -1026,28 +1025,28 @@ def plain_way(run, samples, device):
 
 
 def this_way(run, split, device):
-    """The same two as `train` and `infer` do them, with the network and its optimizer."""
+    """A training step as `train` does it, with its network and optimizer."""
     network = build(vars(run)).to(device)
     network.recompute = run.recompute
     average, optimizer = copy.deepcopy(network), make_optimizer(run, network)
-    segmenter = prepare(network, {"mean": data.MEAN, "std": data.STD}, device, run.precision)
 
     def step(index):
         train_step(run, network, optimizer, split, torch.tensor(index), 1, index[0])
         follow(average, network, run.ema, index[0])
 
-    def guess(index):
-        images, _ = data.load(split, torch.tensor(index), device)
-        return (predict(segmenter, images).sigmoid() >= 0.5).cpu()
-
-    return step, guess, network, optimizer
+    return step, network, optimizer
 
 
-def noise_split(number, side):
-    """As many pictures of noise, where speed alone is asked for."""
-    random = np.random.default_rng(0)
-    images = random.integers(0, 256, (number, side, side, 3), np.uint8)
-    return data.Split([""] * number, images, random.integers(0, 3, images.shape[:3], np.uint8), [])
+def noise_split(number, side, folder=None):
+    """As many pictures of noise, where speed alone is asked for; memory-mapped in a folder."""
+    random, parts = np.random.default_rng(0), []
+    for name, shape in (("images", (side, side, 3)), ("labels", (side, side))):
+        part = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.uint8, (number, *shape)) \
+            if folder else np.empty((number, *shape), np.uint8)
+        for i in range(0, number, 1000):
+            part[i:i + 1000] = random.integers(0, 3, part[i:i + 1000].shape, np.uint8)
+        parts.append(part)
+    return data.Split([""] * number, *parts, [])
 
 
 def wait(device):
@@ -1099,7 +1098,7 @@ def where_time_goes(run, step, network, optimizer, device, number, steps=12):
     optimizer.step = clocked("optimizer", optimizer.step)
     whole = run.batch / pace(step, run, device, number, steps, warm=0)
     parts = {part: seconds / steps for part, seconds in spent.items()}
-    parts["metrics, moving average"] = whole - sum(parts.values())
+    parts["metrics and the rest"] = whole - sum(parts.values())
     return {part: 1000 * seconds for part, seconds in parts.items()}
 
 
@@ -1135,56 +1134,37 @@ def one_measurement(args, run, device):
     split = data.onto(open_split(find_data(args.data, args.root, args.url)[1], "train", run.size,
                                  args.root), device)
     number = len(split.names)
-    if args.only == "growth":
-        return growth(args, run, split, device)
-    step, guess, network, optimizer = this_way(run, split, device)
+    step, network, optimizer = this_way(run, split, device)
+    segmenter = prepare(network, {"mean": data.MEAN, "std": data.STD}, device, run.precision)
+
+    def guess(index):
+        images, _ = data.load(split, torch.tensor(index), device)
+        return (predict(segmenter, images).sigmoid() >= 0.5).cpu()
+
     return {"train": pace(step, run, device, number), "infer": pace(guess, run, device, number),
             "memory": peak_memory(device), "matrix_rate": matrix_rate(device, run.precision),
             **where_time_goes(run, step, network, optimizer, device, number)}
 
 
-def growth(args, run, split, device):
-    """Images per second and memory, from a memory map that holds the split so many times."""
-    number = len(split.names) * args.times
-    with tempfile.TemporaryDirectory(dir=Path(args.root) / "cache") as folder:
-        for name in ("images", "labels"):
-            part, path = getattr(split, name), Path(folder) / f"{name}.npy"
-            copies = np.lib.format.open_memmap(path, "w+", np.uint8, (number, *part.shape[1:]))
-            for i in range(args.times):
-                copies[i * len(part):(i + 1) * len(part)] = part
-            del copies
-            split = split._replace(**{name: np.load(path, mmap_mode="r")})
-        step, *_ = this_way(run, split, device)
-        return {"images": number, "train": pace(step, run, device, number, steps=100),
-                "memory": peak_memory(device)}
-
-
-def in_fresh_process(way, **options):
+def in_fresh_process(way, *words):
     """A measurement in a process of its own, whose peak memory is then that of the measurement."""
-    words = [f"--{name}={value}" for name, value in options.items()]
-    words = [sys.executable, __file__, *sys.argv[1:], "--only", way, "--json", *words]
-    child = subprocess.run(words, capture_output=True, text=True)
+    child = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--json", "--only", way, *words],
+                           capture_output=True, text=True)
     if child.returncode:
         raise Problem(child.stderr.strip().splitlines()[-1].removeprefix("petseg: "))
     return json.loads(child.stdout.splitlines()[-1])
 
 
-def by_turns(args, ways):
-    """The medians of each way's measurements, taken by turns, so that no way has a better hour."""
-    results, line = {name: [] for name in ways}, Line()
-    for turn in range(args.rounds):
-        for name, way in ways.items():
-            line.show(f"round {turn + 1} of {args.rounds}: {name}")
-            results[name].append(way())
-    return {name: {key: float(np.median([round[key] for round in rounds])) for key in rounds[0]}
-            for name, rounds in results.items()}
-
-
 def bench_ways(args, run, device):
     """The plain way against this one, against the machine's arithmetic, and the parts of a step."""
     find_data(args.data, args.root, args.url)
-    found = by_turns(args, {way: lambda way=way: in_fresh_process(way)
-                            for way in ("plain", "petseg")})
+    rounds, line = {"plain": [], "petseg": []}, Line()
+    for turn in range(args.rounds):  # by turns, so that no way has the machine's better hour
+        for way in rounds:
+            line.show(f"round {turn + 1} of {args.rounds}: {way}")
+            rounds[way].append(in_fresh_process(way))
+    found = {way: {key: float(np.median([result[key] for result in results]))
+                   for key in results[0]} for way, results in rounds.items()}
     plain, petseg = found["plain"], found["petseg"]
     ways = [{args.model: label, **{way: found[way][key] for way in found},
              "ratio": petseg[key] / plain[key]}
@@ -1201,7 +1181,8 @@ def bench_ways(args, run, device):
     text = (f"{table(ways)}\n\nmatrix products: {rate / 1e9:,.0f} G multiply-adds a "
             f"second; of that training reaches {share['train']:.0%}, inference {share['infer']:.0%}"
             f"\n\n{table(rows)}\nall but forward, backward and optimizer: {overhead:.1%}")
-    return text, {**found, "multiply_adds": macs, "share": share, "overhead": overhead}
+    return text, {**found, "multiply_adds": macs, "share": share, "overhead": overhead,
+                  "rounds": rounds}
 
 
 def bench_layers(args, run, device):
@@ -1243,27 +1224,29 @@ def bench_memory(args, run, device):
     """The largest batch that trains within a budget of memory."""
     peaks, line = {}, Line()
 
-    def peak(batch):
-        if batch not in peaks:
-            line.show(f"batch {batch}")
-            try:
-                peaks[batch] = in_fresh_process("step", batch=batch)["memory"]
-            except Problem:  # not enough memory
-                peaks[batch] = math.inf
-        return peaks[batch]
+    def fits(batch):
+        line.show(f"batch {batch}")
+        try:
+            peaks[batch] = in_fresh_process("step", "--batch", str(batch))["memory"]
+        except Problem:
+            if batch == 1:
+                raise
+            peaks[batch] = math.inf  # not enough memory
+        return peaks[batch] <= args.memory
 
-    if peak(1) > args.memory:
+    if not fits(1):
         raise Problem(f"a single picture takes {peaks[1]:.2f} GB; lower --size or --width, or try "
                       "--recompute")
-    # memory grows along a line: two points of it tell where to look
-    batch = max(1, int(2 + (args.memory - peak(2)) / max((peak(6) - peak(2)) / 4, 1e-4)))
-    while peak(batch) > args.memory:
-        batch -= 1
-    while peak(batch + 1) <= args.memory:
-        batch += 1
-    rows = [{"batch": size, "peak_memory_GB": peaks[size]} for size in sorted(peaks)]
-    return (f"{table(rows)}\nwithin {args.memory:g} GB: batch {batch}",
-            {"budget_GB": args.memory, "largest_batch": batch, "peaks": rows})
+    # the largest batch known to fit, the smallest known not to, and between them a guess: each
+    # further picture takes about what those before it took
+    low, high, guess = 1, math.inf, 4
+    while high - low > 1:
+        low, high = (guess, high) if fits(guess) else (low, guess)
+        each = max((peaks[low] - peaks[1]) / max(low - 1, 1), 1e-3)
+        guess = min(max(low + int((args.memory - peaks[low]) / each), low + 1), high - 1)
+    rows = [{"batch": batch, "peak memory, GB": peaks[batch]} for batch in sorted(peaks)]
+    return (f"{table(rows)}\nwithin {args.memory:g} GB: batch {low}",
+            {"budget": args.memory, "largest_batch": low, "peaks": rows})
 
 
 def bench_grid(args, run, device):
@@ -1282,10 +1265,20 @@ def bench_grid(args, run, device):
 
 
 def bench_growth(args, run, device):
-    """Training from the data set and from one ten times as large, both memory-mapped."""
-    found = by_turns(args, {f"{times} times the data": lambda times=times:
-                            in_fresh_process("growth", times=times) for times in (1, 10)})
-    rows = [{"data": name, **row} for name, row in found.items()]
+    """Training from as many pictures as the pets have to train with, and from ten times as many,
+    both memory-mapped. Mapped pages count as memory that the process holds; the kernel takes them
+    back when it needs them."""
+    settle_memory(device)
+    Path(args.root).mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number in (3312, 33120):
+        with tempfile.TemporaryDirectory(dir=args.root) as folder:
+            split = noise_split(number, run.size, Path(folder))
+            step, *_ = this_way(run, split, device)
+            speeds = [pace(step, run, device, number, steps=50) for _ in range(args.rounds)]
+        rows.append({"pictures": number, "MB": (split.images.nbytes + split.labels.nbytes) / 1e6,
+                     "train, images/s": float(np.median(speeds)),
+                     "peak memory, GB": peak_memory(device)})
     return table(rows), {"growth": rows}
 
 

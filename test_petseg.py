@@ -775,7 +775,7 @@ def test_score_of_a_split_counts_each_image_once(toys, tmp_path):
     segmenter = petseg.prepare(layers.UNet(width=2), about, torch.device("cpu"), "fp32")
     losses, dices = [], []
     for i in range(10):
-        images, labels = data.load(split, np.array([i]))
+        images, labels = data.load(split, torch.tensor([i]))
         logits, target = petseg.predict(segmenter, images), data.targets(labels)
         losses.append(layers.bce_dice_loss(logits, target).item())
         both = ((logits[:, 0] >= 0) & (target == 1)).sum()
@@ -975,6 +975,43 @@ def test_bench(root):
     result = answer("bench", "unet", "--root", root, *TINY, "--batch", 2, "--rounds", 1)
     assert all(result[way][key] > 0 for way in ("plain", "petseg")
                for key in ("train", "infer", "memory"))
+    petseg_way, macs = result["petseg"], result["multiply_adds"]
+    assert result["share"]["train"] == pytest.approx(
+        3 * macs * petseg_way["train"] / petseg_way["matrix_rate"])
+    network = sum(petseg_way[part] for part in ("forward", "backward", "optimizer"))
+    others = sum(petseg_way[part] for part in ("reading", "augmentation", "metrics and the rest"))
+    assert network > 0 and result["overhead"] == pytest.approx(others / (network + others))
+
+
+def test_bench_layers_names_each_layer_once():
+    result = answer("bench", "resnet34_unet", *TINY, "--batch", 2, "--layers")
+    names = [name for name, layer in layers.ResNet34UNet(width=4).named_modules()
+             if not list(layer.children())]
+    assert sorted(row["layer"] for row in result["layers"]) == sorted(names)
+    assert sum(row["share_of_time"] for row in result["layers"]) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("each, bend", [(0.1, 1.0), (0.1, 1.02), (0.03, 0.97), (0.7, 1.0)])
+def test_bench_memory_finds_the_largest_batch(monkeypatch, each, bend):
+    def peak(batch):  # not quite a line, and over 4 GB there is no more
+        memory = 0.5 + each * batch**bend
+        if memory > 4:
+            raise data.Problem("not enough memory")
+        return memory
+
+    monkeypatch.setattr(petseg, "in_fresh_process",
+                        lambda way, option, batch: {"memory": peak(int(batch))})
+    _, result = petseg.bench_memory(Namespace(memory=2.0), None, None)
+    largest = max(batch for batch in range(1, 60) if 0.5 + each * batch**bend <= 2)
+    assert result["largest_batch"] == largest
+    with pytest.raises(data.Problem, match=r"a single picture takes \d.*--recompute"):
+        petseg.bench_memory(Namespace(memory=0.5), None, None)
+
+
+def test_bench_grows(root):
+    result = answer("bench", "unet", *TINY, "--batch", 2, "--rounds", 1, "--growth", "--root", root)
+    assert [row["pictures"] for row in result["growth"]] == [3312, 33120]
+    assert result["growth"][1]["MB"] == pytest.approx(33120 * 32 * 32 * 4 / 1e6)
 
 
 @pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in petseg.COMMANDS)])
