@@ -1,7 +1,7 @@
 """layers.py: two networks for semantic segmentation and their losses, by hand in plain torch.
 
 Read from top to bottom: the blocks, the two networks (each is an encoder that halves the picture
-and a decoder that doubles it again), the initialisation, the losses.
+and a decoder that doubles it again), the initialisation, folding for prediction, the losses.
 
     UNet           Ronneberger, Fischer, Brox: "U-Net: Convolutional Networks for Biomedical Image
                    Segmentation", 2015, https://arxiv.org/abs/1505.04597, figure 1
@@ -106,9 +106,9 @@ class TransposedConv(nn.ConvTranspose2d):
 
     def forward(self, x):
         batch, channels, height, width = x.shape
-        weight = self.weight.permute(2, 3, 1, 0).reshape(-1, channels)       # (2 · 2 · out, in)
-        y = F.linear(x.permute(0, 2, 3, 1), weight, self.bias.repeat(4))     # (B, H, W, 2 · 2 · out)
-        y = y.view(batch, height, width, 2, 2, -1).transpose(2, 3)           # (B, H, 2, W, 2, out)
+        weight = self.weight.permute(2, 3, 1, 0).reshape(-1, channels)     # (2 · 2 · out, in)
+        y = F.linear(x.permute(0, 2, 3, 1), weight, self.bias.repeat(4))   # (B, H, W, 2 · 2 · out)
+        y = y.view(batch, height, width, 2, 2, -1).transpose(2, 3)         # (B, H, 2, W, 2, out)
         return y.reshape(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
 
 
@@ -256,6 +256,11 @@ class ResNet34UNet(EncoderDecoder):
         super().__init__(encoder, decoder, half, classes, dropout)
 
 
+def convolutions(block):
+    """The convolutions whose sum goes into the batch norm of a ConvBN or an UpConcat."""
+    return [part for part in block.children() if isinstance(part, nn.Conv2d)]
+
+
 def initialise(network):
     """He's initialisation (https://arxiv.org/abs/1502.01852): weights of variance 2 / (number of
     inputs to one output) keep the signal's size through any number of ReLU layers. The last batch
@@ -275,11 +280,6 @@ def initialise(network):
                 part.weight.data *= math.sqrt(part.in_channels / sum(p.in_channels for p in parts))
         elif isinstance(module, BasicBlock):
             nn.init.zeros_(module.conv2.bn.weight)
-
-
-def convolutions(block):
-    """The convolutions whose sum goes into the batch norm of a ConvBN or an UpConcat."""
-    return [part for part in block.children() if isinstance(part, nn.Conv2d)]
 
 
 def folded(network, dtype=torch.float32):

@@ -152,7 +152,7 @@ def command_line():
     add("--rounds", type=positive, default=3, help="measurements of each way, of which the median")
     add("--recompute", action="store_true", help="with less memory, as in training")
     add("--layers", action="store_true", help="instead: each layer's time, and how near its limit")
-    add("--memory", type=number(float, 0), metavar="GB", help="instead: the largest batch within it")
+    add("--memory", type=number(float, 0), metavar="GB", help="instead: the largest batch in it")
     add("--grid", action="store_true", help="instead: images/s over batch sizes and sides")
     add("--growth", action="store_true", help="instead: images/s from ten times as much data")
     add("--only", help=argparse.SUPPRESS)
@@ -368,6 +368,9 @@ def settle_memory(device):
     ctypes.CDLL(None).mallopt(m_mmap_threshold, 2**24)  # larger ones go back: less memory
 
 
+PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
 def pick_precision(name, device):
     """"bf16" or "fp32"; by itself bfloat16 where the hardware multiplies it faster."""
     if name != "auto":
@@ -428,8 +431,7 @@ def build(about):
 def prepare(network, about, device, precision, threshold=0.5, tta=False):
     """A Segmenter of a copy of the network; what happens to the network later does not touch it."""
     # 3% faster than batch norms of their own and autocast, a single photo 10%
-    fast = layers.folded(network, torch.bfloat16 if precision == "bf16" else torch.float32)
-    return Segmenter(fast, about, device, threshold, tta)
+    return Segmenter(layers.folded(network, PRECISIONS[precision]), about, device, threshold, tta)
 
 
 @torch.inference_mode()
@@ -1037,16 +1039,11 @@ def this_way(run, split, device):
     return step, network, optimizer
 
 
-def noise_split(number, side, folder=None):
-    """As many pictures of noise, where speed alone is asked for; memory-mapped in a folder."""
-    random, parts = np.random.default_rng(0), []
-    for name, shape in (("images", (side, side, 3)), ("labels", (side, side))):
-        part = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.uint8, (number, *shape)) \
-            if folder else np.empty((number, *shape), np.uint8)
-        for i in range(0, number, 1000):
-            part[i:i + 1000] = random.integers(0, 3, part[i:i + 1000].shape, np.uint8)
-        parts.append(part)
-    return data.Split([""] * number, *parts, [])
+def noise_split(number, side):
+    """As many pictures of noise, where speed alone is asked for."""
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (number, side, side, 3), np.uint8)
+    return data.Split([""] * number, images, random.integers(0, 3, images.shape[:3], np.uint8), [])
 
 
 def wait(device):
@@ -1102,7 +1099,6 @@ def where_time_goes(run, step, network, optimizer, device, number, steps=12):
     return {part: 1000 * seconds for part, seconds in parts.items()}
 
 
-PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 NETWORK_PARTS = ("forward", "backward", "optimizer")  # the others are overhead
 
 
@@ -1148,8 +1144,8 @@ def one_measurement(args, run, device):
 
 def in_fresh_process(way, *words):
     """A measurement in a process of its own, whose peak memory is then that of the measurement."""
-    child = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--json", "--only", way, *words],
-                           capture_output=True, text=True)
+    words = [sys.executable, __file__, *sys.argv[1:], "--json", "--only", way, *words]
+    child = subprocess.run(words, capture_output=True, text=True)
     if child.returncode:
         raise Problem(child.stderr.strip().splitlines()[-1].removeprefix("petseg: "))
     return json.loads(child.stdout.splitlines()[-1])
@@ -1179,20 +1175,21 @@ def bench_ways(args, run, device):
     overhead = 1 - sum(parts[part] for part in NETWORK_PARTS) / whole
     rows = [{"part_of_a_step": part, "ms": ms, "share": ms / whole} for part, ms in parts.items()]
     text = (f"{table(ways)}\n\nmatrix products: {rate / 1e9:,.0f} G multiply-adds a "
-            f"second; of that training reaches {share['train']:.0%}, inference {share['infer']:.0%}"
-            f"\n\n{table(rows)}\nall but forward, backward and optimizer: {overhead:.1%}")
+            f"second; of that training reaches {share['train']:.0%}, inference "
+            f"{share['infer']:.0%}\n\n{table(rows)}\nall but forward, backward and optimizer: {overhead:.1%}")
     return text, {**found, "multiply_adds": macs, "share": share, "overhead": overhead,
                   "rounds": rounds}
 
 
 def bench_layers(args, run, device):
-    """Each layer by itself, forward and backward: its time and its share of the arithmetic limit."""
+    """Each layer by itself, forward and backward: its time, its share of the arithmetic limit."""
     network, rows, seen = build(vars(run)).to(device), [], {}
     rate = matrix_rate(device, run.precision)
     for row in trace(args.model, run.width, run.size):
         layer, shape = network.get_submodule(row["layer"]), (run.batch, *row["input"][1:])
         x = torch.randn(shape, device=device, dtype=PRECISIONS[run.precision])
-        x = x.to(memory_format=torch.channels_last).requires_grad_(bool(rows))  # the first needs none
+        x = x.to(memory_format=torch.channels_last)
+        x.requires_grad = bool(rows)  # no gradient goes beyond the first layer
 
         def forward(_):
             with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16"):
@@ -1266,29 +1263,39 @@ def bench_grid(args, run, device):
 
 def bench_growth(args, run, device):
     """Training from as many pictures as the pets have to train with, and from ten times as many,
-    both memory-mapped. Mapped pages count as memory that the process holds; the kernel takes them
-    back when it needs them."""
+    both memory-mapped, by turns."""
     settle_memory(device)
     Path(args.root).mkdir(parents=True, exist_ok=True)
-    rows = []
-    for number in (3312, 33120):
-        with tempfile.TemporaryDirectory(dir=args.root) as folder:
-            split = noise_split(number, run.size, Path(folder))
-            step, *_ = this_way(run, split, device)
-            speeds = [pace(step, run, device, number, steps=50) for _ in range(args.rounds)]
-        rows.append({"pictures": number, "MB": (split.images.nbytes + split.labels.nbytes) / 1e6,
-                     "train, images/s": float(np.median(speeds)),
-                     "peak memory, GB": peak_memory(device)})
+    noise, rows, speeds = noise_split(414, run.size), [], []
+    with tempfile.TemporaryDirectory(dir=args.root) as folder:
+        def mapped(name, times):
+            path, part = Path(folder) / f"{name}-{times}", getattr(noise, name)
+            with open(path, "wb") as file:
+                file.writelines([part] * times)
+            return np.memmap(path, np.uint8, "r", shape=(times * len(part), *part.shape[1:]))
+
+        splits = [noise._replace(images=mapped("images", times), labels=mapped("labels", times))
+                  for times in (8, 80)]
+        for turn in range(args.rounds):
+            for split in splits:
+                number = len(split.images)
+                step, *_ = this_way(run, split, device)
+                speeds.append(pace(step, run, device, number, steps=50))
+                if turn == 0:
+                    rows.append({"pictures": number, "MB": 4 * run.size**2 * number / 1e6,
+                                 "peak memory, GB": peak_memory(device)})
+    for i, row in enumerate(rows):
+        row["train, images/s"] = float(np.median(speeds[i::2]))
     return table(rows), {"growth": rows}
 
 
 def bench(args):
     """Times the plain way against this one, or does what else --layers … --growth ask for."""
     device = pick_device(args.device)
-    asked = {name: getattr(args, name) for name in ("batch", "size", "width") if getattr(args, name)}
-    run = argparse.Namespace(**{
-        **settings(args.model, device, toy=False), **asked, "recompute": args.recompute,
-        "precision": pick_precision(args.precision, device)})
+    run = settings(args.model, device, toy=False)
+    run |= {"recompute": args.recompute, "precision": pick_precision(args.precision, device)}
+    run |= {name: getattr(args, name) for name in ("batch", "size", "width") if getattr(args, name)}
+    run = argparse.Namespace(**run)
     if args.only:
         return answer(args, "", one_measurement(args, run, device))
     about = {"model": run.model, "width": run.width, "size": run.size, "batch": run.batch,
