@@ -1256,7 +1256,7 @@ def bench_grid(args, run, device):
             line.show(f"side {run.size}, batch {run.batch}")
             step, *_ = this_way(run, noise_split(run.batch, run.size), device)
             steps = max(1, 2**19 // (run.batch * run.size**2))
-            row[f"batch_{run.batch}"] = pace(step, run, device, run.batch, steps, warm=1)
+            row[f"batch_{run.batch}"] = pace(step, run, device, run.batch, steps, warm=2)
         rows.append(row)
     return table(rows), {"grid": rows}
 
