@@ -556,6 +556,8 @@ def start_or_resume(args, device):
     run = {**settings(args.model, device, name == "toy"), **given,
            "data": name if asked == "auto" else asked,
            "precision": pick_precision(given.get("precision", "auto"), device)}
+    if run["compile"] and run["recompute"]:
+        raise Problem("--compile and --recompute do not go together; leave one of them out")
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = Path(args.out) / f"{name}-{args.model}-{stamp}-{os.urandom(2).hex()}"
     return folder, argparse.Namespace(**run), None

@@ -1069,6 +1069,7 @@ def test_a_cache_that_the_disk_cannot_hold(toys, tmp_path, monkeypatch):
     ("train", "unet"),
     ("train unet --size 31", "31"),
     ("train unet --epochs 0", "epochs"),
+    ("train unet --data {folder}/no-test --compile --recompute", "--compile and --recompute"),
     ("train unet --data {folder}/nowhere", "nowhere"),
     ("train unet --data {folder}/empty", "trainval.txt"),
     ("train unet --data {folder}/wrong --root {folder}", "50, 100, 150.*expected.*1 = pet"),
