@@ -1186,7 +1186,8 @@ def bench_ways(args, run, device):
     rows = [{"part_of_a_step": part, "ms": ms, "share": ms / whole} for part, ms in parts.items()]
     text = (f"{table(ways)}\n\nmatrix products: {rate / 1e9:,.0f} G multiply-adds a "
             f"second; of that training reaches {share['train']:.0%}, inference "
-            f"{share['infer']:.0%}\n\n{table(rows)}\nall but forward, backward and optimizer: {overhead:.1%}")
+            f"{share['infer']:.0%}\n\n{table(rows)}\n"
+            f"all but forward, backward and optimizer: {overhead:.1%}")
     return text, {**found, "multiply_adds": macs, "share": share, "overhead": overhead,
                   "rounds": rounds}
 
