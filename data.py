@@ -640,18 +640,25 @@ def shuffled(number, repeat, seed, epoch):
 AUGMENT = {
     "none": {},
     "flip": {"flip": 0.5},
-    "full": {"flip": 0.5, "vflip": 0.0, "rotate": 20, "zoom": 1.4, "shift": 0.1,
+    "full": {"flip": 0.5, "rotate": 20, "zoom": 1.4, "shift": 0.1,
              "brightness": 0.3, "contrast": 0.3, "saturation": 1.0},
 }
 
 
-def augment(images, labels, random, share=1.0, flip=0.0, vflip=0.0, rotate=0.0, zoom=1.0, shift=0.0,
-            brightness=0.0, contrast=0.0, saturation=0.0):
+def strengths(text):
+    """What --augment names, or says by itself as in "rotate=15,flip=0.5"."""
+    if text in AUGMENT:
+        return AUGMENT[text]
+    return {name: float(value) for name, value in (part.split("=") for part in text.split(","))}
+
+
+def augment(images, labels, random, size=None, share=1.0, flip=0.0, vflip=0.0, rotate=0.0, zoom=1.0,
+            shift=0.0, brightness=0.0, contrast=0.0, saturation=0.0):
     """Changes a `share` of a batch at random: flip and vflip are probabilities, rotate is in
     degrees, zoom a factor either way (enlarged, it is a random crop), shift a part of the side,
     the colours' strengths run from 0 to 1; saturation 1 reaches down to grey.
 
-    Image and labels go through one warp, a single sampling at the end of all movements.
+    Image and labels go through one warp to `size`, a single sampling at the end of all movements.
     """
     number, _, height, width = images.shape
     touched = (torch.rand(number, generator=random) < share).float()
@@ -669,7 +676,8 @@ def augment(images, labels, random, share=1.0, flip=0.0, vflip=0.0, rotate=0.0, 
     warp = torch.stack((
         torch.stack((cos * across, -sin * height / width * down, draw(2 * shift)), dim=1),
         torch.stack((sin * width / height * across, cos * down, draw(2 * shift)), dim=1)), dim=1)
-    grid = F.affine_grid(send(warp, images.device), images.shape, align_corners=False)
+    grid = F.affine_grid(send(warp, images.device), (number, 3, *(size or (height, width))),
+                         align_corners=False)
     images = F.grid_sample(images, grid, "bilinear", "reflection", align_corners=False)
     labels = F.grid_sample(labels.unsqueeze(1).float(), grid, "nearest", "reflection",
                            align_corners=False)

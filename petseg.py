@@ -39,9 +39,26 @@ def number(kind, low, high=1e30):
     return parse
 
 
+CHANGES = {"flip": (0, 1), "vflip": (0, 1), "rotate": (0, 180), "zoom": (1, 10), "shift": (0, 1),
+           "brightness": (0, 1), "contrast": (0, 1), "saturation": (0, 1)}  # of --augment, bounds
+
+
+def changes(text):
+    """What --augment may be: a set that has a name, or strengths as in rotate=15,flip=0.5."""
+    for part in text.split(",") if text not in ("none", "flip", "full") else ():
+        name, _, value = part.partition("=")
+        if name not in CHANGES:
+            raise argparse.ArgumentTypeError(f"expected none, flip, full, or some of "
+                                             f"{', '.join(CHANGES)} as in rotate=15,flip=0.5, not "
+                                             f"{text!r}")
+        number(float, *CHANGES[name])(value)
+    return text
+
+
 positive, side = number(int, 1, 2**31), number(int, 32, 2**15)
 fraction, seed = number(float, 0, 1), number(int, 0, 2**63 - 1)
 MODELS = ("unet", "resnet34_unet")
+WEIGHTS = Path(__file__).with_name("weights") / "unet.pt"  # they come with the program
 PETS_URL = "https://www.robots.ox.ac.uk/~vgg/data/pets/data/"
 # The options of a run: name, default (None: it depends on machine and data, see `settings`), what
 # is allowed, and help. To add one, add a line and read run.NAME where it matters.
@@ -49,24 +66,26 @@ OPTIONS = (
     ("data", "auto", str, "auto (the pets, or else the toys), pets, toy, or a folder"),
     ("root", "data", str, "where data is kept"),
     ("epochs", None, positive, "times through the training pictures: 20, for the toys 16 or 20"),
-    ("batch", None, positive, "pictures at a time: 8, or 32 on a GPU"),
+    ("batch", None, positive, "pictures at a time: 16, or 32 on a GPU"),
     ("size", None, side, "side in pixels: 128, or 256 on a GPU"),
     ("width", None, positive, "channels of the first level: 64 on a GPU, else 16 (unet) or 32"),
     ("up", "transpose", ("transpose", "bilinear"), "how the decoder doubles the size"),
     ("dropout", 0.0, fraction, "at the bottom of the U"),
     ("loss", "bce_dice", ("bce_dice", "bce", "dice"), "the loss function"),
-    ("optimizer", "adamw", ("adamw", "adam"), "the optimizer"),
-    ("lr", 0.004, number(float, 0), "the learning rate's peak"),
+    ("optimizer", "muon", ("muon", "adamw", "adam"), "the optimizer"),
+    ("lr", None, number(float, 0), "the learning rate's peak: 0.02 for muon, else 0.004"),
     ("weight-decay", 0.01, number(float, 0), "of adamw"),
     ("schedule", "cosine", ("cosine", "constant", "plateau", "exponential", "inverse_sqrt"),
      "of the learning rate"),
-    ("warmup", 1.0, number(float, 0), "epochs of warm-up, for cosine and inverse_sqrt"),
+    ("warmup", 0.15, fraction, "share of the run that warms up, for cosine and inverse_sqrt"),
     ("gamma", 0.99, fraction, "factor an epoch, for exponential"),
     ("clip", 1.0, number(float, 0), "largest norm of the gradient, 0 for no limit"),
     ("accumulate", 1, positive, "batches that make up one step"),
     ("ema", 0.99, fraction, "how much the weights' moving average keeps at a step, 0 for none"),
-    ("augment", None, ("none", "flip", "full"), "which random changes: full, for the toys flip"),
+    ("augment", None, changes, "random changes: full (for the toys flip), none, or strengths as "
+     "in rotate=15,flip=0.5"),
     ("augment-prob", 1.0, fraction, "share of the pictures that is changed"),
+    ("grow", 0.85, fraction, "share of the epochs with smaller pictures, which train faster"),
     ("repeat", 1, positive, "times a picture appears in an epoch"),
     ("border", "foreground", ("foreground", "background", "ignore", "random"),
      "what the trimap's border is while training"),
@@ -89,7 +108,7 @@ def command_line():
         add = sub.add_argument
         add("--json", action="store_true", help="end with the result as one JSON object")
         if "network" in parts:
-            add("--ckpt", required=True, help="the best.pt of a run")
+            add("--ckpt", default=WEIGHTS, help="the best.pt of a run (weights/unet.pt)")
             add("--threshold", type=fraction, default=0.5, help="probability that makes a pet")
             add("--tta", action="store_true", help="average with the mirrored picture")
         if "device" in parts:
@@ -171,7 +190,9 @@ import json
 import math
 import pickle
 import platform
+import re
 import resource
+import shlex
 import signal
 import subprocess
 import tempfile
@@ -295,25 +316,41 @@ def scores(counts):
     }
 
 
-# ------------------------------------------------------------------------ learning-rate schedules
-# Each gives the rate of a step from the run's settings, the step's number since the start, the
-# steps in an epoch, and the valid Dice of the epochs so far. None has a memory of its own.
+# ------------------------------------------------------------- the course of a run: sides and rates
 
 
-def constant(run, step, per_epoch, dices):
+def side_of_epoch(run, epoch):
+    """The side of the training pictures: half of it in the first two thirds of the share `grow` of
+    the epochs, three quarters in the last third, then all of it, in the last epoch at the latest.
+    The valid pictures always have their full side."""
+    done = epoch / run.epochs
+    part = 1 if done > run.grow or epoch == run.epochs else 0.75 if done > run.grow * 2 / 3 else 0.5
+    return max(32, 16 * round(run.size * part / 16)) if part < 1 else run.size
+
+
+def share_done(run, epoch, part):
+    """The share of a run, measured in pixels, that is done after a `part` of an epoch."""
+    pixels = [side_of_epoch(run, each)**2 for each in range(1, run.epochs + 1)]
+    return (sum(pixels[:epoch - 1]) + part * pixels[epoch - 1]) / sum(pixels)
+
+
+# Each schedule gives the learning rate from the run's settings, the share of the run that is done,
+# and the valid Dice of the epochs so far. None has a memory of its own.
+
+
+def constant(run, done, dices):
     """The same rate always."""
     return run.lr
 
 
-def cosine(run, step, per_epoch, dices):
-    """Up in a straight line for `warmup` epochs, then down to 0 along half a cosine."""
-    warm, total = run.warmup * per_epoch, run.epochs * per_epoch
-    if step < warm:
-        return run.lr * (step + 1) / (warm + 1)
-    return run.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+def cosine(run, done, dices):
+    """Up in a straight line for the share `warmup` of the run, then to 0 along half a cosine."""
+    if done < run.warmup:
+        return run.lr * done / run.warmup
+    return run.lr * 0.5 * (1 + math.cos(math.pi * (done - run.warmup) / (1 - run.warmup)))
 
 
-def plateau(run, step, per_epoch, dices):
+def plateau(run, done, dices):
     """Halved whenever the valid Dice has not risen for three epochs, but never under 1e-6."""
     rate, best, waited = run.lr, -1.0, 0
     for dice in dices:
@@ -323,19 +360,66 @@ def plateau(run, step, per_epoch, dices):
     return rate
 
 
-def exponential(run, step, per_epoch, dices):
+def exponential(run, done, dices):
     """Multiplied by `gamma` after each epoch."""
-    return run.lr * run.gamma ** (step // per_epoch)
+    return run.lr * run.gamma ** len(dices)
 
 
-def inverse_sqrt(run, step, per_epoch, dices):
-    """Up with the square of the step for `warmup` epochs, then down with one over its root."""
-    warm = max(1, run.warmup * per_epoch)
-    return run.lr * min(((step + 1) / warm) ** 2, math.sqrt(warm / (step + 1)))
+def inverse_sqrt(run, done, dices):
+    """Up with the square of the share `warmup`, then down with one over the root of the share."""
+    warm = max(run.warmup, 0.001)
+    return run.lr * min((done / warm) ** 2, math.sqrt(warm / done))
 
 
 SCHEDULES = {"constant": constant, "cosine": cosine, "plateau": plateau,
              "exponential": exponential, "inverse_sqrt": inverse_sqrt}
+
+# ------------------------------------------------------------------------------------------- Muon
+
+
+def orthogonal(matrices, rounds=4):
+    """About the nearest matrix to each of (N, rows, columns) whose singular values are all one.
+
+    Newton's and Schulz's X ← a X + b (X Xᵀ) X + c (X Xᵀ)² X drives each singular value towards one
+    and leaves the singular vectors alone; these a, b, c do so fast, to between 0.7 and 1.2.
+    """
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices                       # the smaller product, X Xᵀ
+    x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).bfloat16()
+    for _ in range(rounds):
+        xx = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(xx, xx, xx, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return (x.mT if tall else x).float()
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum that is made orthogonal before it is taken as a step (K. Jordan and others, 2024,
+    https://kellerjordan.github.io/posts/muon/). A convolution's weights are a matrix, (outputs,
+    inputs · taps). Gradients change a few of its directions much and most hardly at all; made
+    orthogonal, a step changes all of them alike, so what is rarely seen is learned as fast.
+    """
+
+    def __init__(self, weights, momentum=0.95):
+        super().__init__(weights, {"lr": 0.0})
+        self.momentum = momentum
+
+    @torch.no_grad()
+    def step(self):
+        [group] = self.param_groups
+        alike = {}  # the weights of each shape, orthogonalised together
+        for weight in group["params"]:
+            alike.setdefault((len(weight), weight[0].numel()), []).append(weight)
+        for (rows, columns), weights in alike.items():
+            ahead = []
+            for weight in weights:
+                memory = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+                memory.mul_(self.momentum).add_(weight.grad)
+                ahead.append(weight.grad.add(memory, alpha=self.momentum))  # Nesterov's
+            steps = orthogonal(torch.stack(ahead).view(len(weights), rows, columns))
+            rate = group["lr"] * math.sqrt(max(1, rows / columns))
+            for weight, change in zip(weights, steps):
+                weight.sub_(change.view_as(weight), alpha=rate)
+
 
 # -------------------------------------------------------------------------- machine, data, network
 
@@ -520,17 +604,20 @@ def load_segmenter(path, device="auto", precision="auto", threshold=0.5, tta=Fal
 MAY_CHANGE = ("epochs", "save_every", "data", "root")  # by `--resume`, beside the device
 
 
-def settings(model, device, toy):
-    """The default of every option of a run, as it fits the machine and the data."""
+def settings(model, device, toy, given):
+    """Every option of a run: what was given, else the default that fits machine and data."""
     run = {name.replace("-", "_"): default for name, default, _, _ in OPTIONS}
     if device.type == "cpu":
-        run |= {"size": 128, "batch": 8, "width": 16 if model == "unet" else 32}
+        run |= {"size": 128, "batch": 16, "width": 16 if model == "unet" else 32}
     else:
         run |= {"size": 256, "batch": 32, "width": 64}
     # the few hundred steps that the toys take gain most from pictures that vary less: test Dice of
     # UNet after 16 epochs 0.962 with flips alone, 0.941 with everything (a run each)
     run |= {"epochs": 16 if model == "unet" else 20, "augment": "flip"} if toy else {
         "epochs": 20, "augment": "full"}
+    run |= given
+    if run["lr"] is None:
+        run["lr"] = 0.02 if run["optimizer"] == "muon" else 0.004
     return {"model": model, **run}
 
 
@@ -553,9 +640,10 @@ def start_or_resume(args, device):
         raise Problem("say which network to train: petseg.py train unet, or train resnet34_unet")
     asked = given.get("data", "auto")
     name, _ = find_data(asked, given.get("root", "data"), args.url)
-    run = {**settings(args.model, device, name == "toy"), **given,
+    run = {**settings(args.model, device, name == "toy", given),
            "data": name if asked == "auto" else asked,
-           "precision": pick_precision(given.get("precision", "auto"), device)}
+           "precision": pick_precision(given.get("precision", "auto"), device),
+           "command": shlex.join(["petseg.py", *sys.argv[1:]])}
     if run["compile"] and run["recompute"]:
         raise Problem("--compile and --recompute do not go together; leave one of them out")
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -563,26 +651,33 @@ def start_or_resume(args, device):
     return folder, argparse.Namespace(**run), None
 
 
-def make_optimizer(run, network):
-    """Adam, or AdamW with its decay of the weights; the rate is set before each step."""
+def make_optimizers(run, network):
+    """The optimizers, which share the weights among them; the rates are set before each step."""
     # fused: one pass over all weights, 7 ms instead of 11 in a step of ResNet34-UNet on two cores
     if run.optimizer == "adam":
-        return torch.optim.Adam(network.parameters(), fused=True)
-    return torch.optim.AdamW(network.parameters(), weight_decay=run.weight_decay, fused=True)
+        return [torch.optim.Adam(network.parameters(), fused=True)]
+    if run.optimizer == "adamw":
+        return [torch.optim.AdamW(network.parameters(), weight_decay=run.weight_decay, fused=True)]
+    # Muon is for matrices between layers: not for the head, biases, scales of batch norms
+    inner = [*network.encoder.parameters(), *network.decoder.parameters()]
+    matrices = [weight for weight in inner if weight.dim() == 4]
+    others = [p for p in network.parameters() if not any(p is weight for weight in matrices)]
+    return [Muon(matrices), torch.optim.AdamW([{"params": others, "share": 0.1}], fused=True,
+                                              betas=(0.9, 0.99), weight_decay=0.0)]
 
 
-def train_step(run, network, optimizer, split, group, epoch, step):
-    """One step of the optimizer on the pictures `group`, a batch at a time; returns the sums of
+def train_step(run, network, optimizers, split, group, epoch, step):
+    """One step of the optimizers on the pictures `group`, a batch at a time; returns the sums of
     their losses, Dices and IoUs. Every random draw depends on (seed, epoch, step) alone."""
-    device = next(network.parameters()).device
+    device, side = next(network.parameters()).device, side_of_epoch(run, epoch)
     sums = torch.zeros(3, device=device)
     torch.manual_seed(data.generator("dropout", run.seed, epoch, step).initial_seed())
     for part, index in enumerate(group.split(run.batch)):
         random = data.generator("augment", run.seed, epoch, step, part)
         images, labels = data.load(split, index, device)
-        if run.augment != "none":
-            images, labels = data.augment(images, labels, random, run.augment_prob,
-                                          **data.AUGMENT[run.augment])
+        if run.augment != "none" or side != run.size:
+            images, labels = data.augment(images, labels, random, (side, side), run.augment_prob,
+                                          **data.strengths(run.augment))
         target = data.targets(labels, run.border, random)
         with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16"):
             logits = network(data.normalise(images))
@@ -592,8 +687,9 @@ def train_step(run, network, optimizer, split, group, epoch, step):
         sums += torch.stack((loss.detach() * len(index), dice.sum(), iou.sum()))
     if run.clip:
         torch.nn.utils.clip_grad_norm_(network.parameters(), run.clip)
-    optimizer.step()
-    optimizer.zero_grad()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
     return sums
 
 
@@ -627,7 +723,7 @@ def train(args):
     network.recompute = run.recompute
     average = copy.deepcopy(network) if run.ema else network
     compiled = torch.compile(network) if run.compile else network
-    optimizer = make_optimizer(run, network)
+    optimizers = make_optimizers(run, network)
 
     epoch, step, history, seconds = 1, 0, [], 0.0
     sums = torch.zeros(3, device=device)  # of this epoch's losses, Dices, IoUs
@@ -637,7 +733,8 @@ def train(args):
                           "with; bring them back, or start a new run without --resume")
         network.load_state_dict(state["network"])
         average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, memory in zip(optimizers, state["optimizers"]):
+            optimizer.load_state_dict(memory)
         epoch, step, history, seconds = (state[k] for k in ("epoch", "step", "history", "seconds"))
         sums += state["sums"]
 
@@ -645,15 +742,16 @@ def train(args):
         write_checkpoint({
             "petseg": "training", "settings": vars(run), "pictures": train_set.names,
             "network": network.state_dict(), "average": average.state_dict(),
-            "optimizer": optimizer.state_dict(), "epoch": epoch, "step": step, "history": history,
-            "sums": sums, "seconds": seconds}, folder / "last.pt")
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers], "epoch": epoch,
+            "step": step, "history": history, "sums": sums, "seconds": seconds}, folder / "last.pt")
 
-    write_config(folder, run, device)
+    config = describe(run, device)
+    write_json(folder / "config.json", config)
     say(f"{'resuming' if state else 'training'} {folder} on {device}\n"
         + ", ".join(f"{name} {value}" for name, value in vars(run).items()))
     images, per_step = len(train_set.names) * run.repeat, run.batch * run.accumulate
     per_epoch = math.ceil(images / per_step)
-    line, started, first = Line(), time.monotonic(), (epoch - 1) * per_epoch + step
+    line = Line()
 
     def stop_if_not_finite(value):
         if not math.isfinite(value):
@@ -671,6 +769,7 @@ def train(args):
     while epoch <= run.epochs:
         began = time.monotonic() - seconds
         network.train()
+        side = side_of_epoch(run, epoch)
         groups = data.shuffled(len(train_set.names), run.repeat, run.seed, epoch).split(per_step)
         for step in range(step, per_epoch):
             seconds = time.monotonic() - began
@@ -680,21 +779,21 @@ def train(args):
                 say(f"petseg: stopped in epoch {epoch} and saved; to go on: "
                     f"petseg.py train --resume {folder}")
                 raise SystemExit(130)
-            done = (epoch - 1) * per_epoch + step
-            rate = SCHEDULES[run.schedule](run, done, per_epoch,
-                                           [row["valid_dice"] for row in history])
-            for parameters in optimizer.param_groups:
-                parameters["lr"] = rate
-            sums += train_step(run, compiled, optimizer, train_set, groups[step], epoch, step)
+            done = share_done(run, epoch, (step + 0.5) / per_epoch)  # half of this step is done
+            rate = SCHEDULES[run.schedule](run, done, [row["valid_dice"] for row in history])
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = rate * group.get("share", 1)
+            sums += train_step(run, compiled, optimizers, train_set, groups[step], epoch, step)
             if run.ema:
-                follow(average, network, run.ema, done)
+                follow(average, network, run.ema, (epoch - 1) * per_epoch + step)
             if line.due() or step + 1 == per_epoch:  # to read the loss makes a GPU wait: seldom
                 now, seen = time.monotonic(), min((step + 1) * per_step, images)
                 loss, speed = sums[0].item() / seen, seen / (now - began)
                 stop_if_not_finite(loss)
-                left = (now - started) / (done + 1 - first) * (run.epochs * per_epoch - done - 1)
-                line.show(f"epoch {epoch}/{run.epochs}  step {step + 1}/{per_epoch}  "
-                          f"loss {loss:.4f}  {speed:.0f} images/s  {clock(left)} left")
+                left = (now - began) / (done - share_done(run, epoch, 0)) * (1 - done)
+                line.show(f"epoch {epoch}/{run.epochs} at {side}×{side}  step {step + 1}/{per_epoch}"
+                          f"  loss {loss:.4f}  {speed:.0f} images/s  {clock(left)} left")
 
         segmenter = prepare(average, about, device, run.precision)
         valid_loss, counts = score_split(segmenter, valid_set, run.batch, run.loss)
@@ -702,18 +801,19 @@ def train(args):
         valid, (train_loss, train_dice, train_iou) = scores(counts), (sums / images).tolist()
         best = all(valid["dice"] > row["valid_dice"] for row in history)
         history.append({
-            "epoch": epoch, "train_loss": train_loss, "train_dice": train_dice,
+            "epoch": epoch, "side": side, "train_loss": train_loss, "train_dice": train_dice,
             "train_iou": train_iou, "valid_loss": valid_loss, "valid_dice": valid["dice"],
             "valid_iou": valid["iou"], "lr": rate, "seconds": time.monotonic() - began,
             "images_per_second": speed})
         say(f"epoch {epoch}/{run.epochs}  train loss {train_loss:.4f} Dice {train_dice:.4f}  "
             f"valid loss {valid_loss:.4f} Dice {valid['dice']:.4f}{' *' if best else '  '}  "
             f"{clock(time.monotonic() - began)}, {speed:.0f} images/s")
+        made = {**config, **history[-1], "seconds": sum(row["seconds"] for row in history)}
         # last.pt comes last: killed before it, the epoch is done again and writes the same
         if best:
-            save_network(folder / "best.pt", average, about, run, history[-1])
+            save_network(folder / "best.pt", average, about, made)
         if run.save_every and epoch % run.save_every == 0:
-            save_network(folder / f"epoch-{epoch}.pt", average, about, run, history[-1])
+            save_network(folder / f"epoch-{epoch}.pt", average, about, made)
         write_table(folder / "metrics.csv", history, list(history[0]))
         data.draw_curves(folder / "curves.png", {folder.name: history})
         shown = np.unique(np.linspace(0, len(valid_set.names) - 1, 8).astype(int))
@@ -725,12 +825,11 @@ def train(args):
     finish(args, folder, run, history, source)
 
 
-def save_network(path, network, about, run, row):
-    """What it takes to use a network, in half precision, and how it was trained and did."""
+def save_network(path, network, about, made):
+    """What it takes to use a network, in half precision, and how it was made and did."""
     weights = {name: value.half() if value.is_floating_point() else value
                for name, value in network.state_dict().items()}
-    trained = {**row, **vars(run), "torch": str(torch.__version__)}
-    write_checkpoint({**about, "weights": weights, "trained": trained}, path)
+    write_checkpoint({**about, "weights": weights, "trained": made}, path)
 
 
 def write_json(path, content):
@@ -749,17 +848,22 @@ def write_table(path, rows, columns):
         file.write(text.getvalue().encode("utf-8", "surrogateescape"))
 
 
-def write_config(folder, run, device):
-    """config.json: every option as resolved, and what it ran on."""
+def describe(run, device):
+    """How a run is made: every option as resolved, and what it runs on."""
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
                                 capture_output=True).stdout.strip()
     except FileNotFoundError:  # no git on this machine
         commit = ""
-    write_json(folder / "config.json", {
-        **vars(run), "device": str(device), "commit": commit or None,
-        "machine": platform.platform(), "threads": torch.get_num_threads(),
-        "python": platform.python_version(), "torch": str(torch.__version__)})
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    else:
+        cpu = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+        names = re.findall(r"model name\s*: (.*)", cpu) or [platform.processor()]
+        machine = f"{names[0]}, {torch.get_num_threads()} threads"
+    return {**vars(run), "device": str(device), "machine": machine, "commit": commit or None,
+            "system": platform.platform(), "python": platform.python_version(),
+            "torch": str(torch.__version__)}
 
 
 def score_and_draw(segmenter, split, gallery):
@@ -1032,13 +1136,13 @@ def this_way(run, split, device):
     """A training step as `train` does it, with its network and optimizer."""
     network = build(vars(run)).to(device)
     network.recompute = run.recompute
-    average, optimizer = copy.deepcopy(network), make_optimizer(run, network)
+    average, optimizers = copy.deepcopy(network), make_optimizers(run, network)
 
     def step(index):
-        train_step(run, network, optimizer, split, torch.tensor(index), 1, index[0])
+        train_step(run, network, optimizers, split, torch.tensor(index), run.epochs, index[0])
         follow(average, network, run.ema, index[0])
 
-    return step, network, optimizer
+    return step, network, optimizers
 
 
 def noise_split(number, side):
@@ -1083,7 +1187,7 @@ def own_memory():
     return next((int(line.split()[1]) * 1024 / 1e9 for line in lines if "RssAnon" in line), None)
 
 
-def where_time_goes(run, step, network, optimizer, device, number, steps=12):
+def where_time_goes(run, step, network, optimizers, device, number, steps=12):
     """Milliseconds of each part of a training step, by clocks put around the functions it calls."""
     spent = dict.fromkeys((*NETWORK_PARTS, "reading", "augmentation"), 0.0)
 
@@ -1102,7 +1206,8 @@ def where_time_goes(run, step, network, optimizer, device, number, steps=12):
     layers.LOSSES[run.loss] = clocked("forward", layers.LOSSES[run.loss])
     torch.Tensor.backward = clocked("backward", torch.Tensor.backward)
     torch.nn.utils.clip_grad_norm_ = clocked("optimizer", torch.nn.utils.clip_grad_norm_)
-    optimizer.step = clocked("optimizer", optimizer.step)
+    for optimizer in optimizers:
+        optimizer.step = clocked("optimizer", optimizer.step)
     whole = run.batch / pace(step, run, device, number, steps, warm=0)
     parts = {part: seconds / steps for part, seconds in spent.items()}
     parts["metrics and the rest"] = whole - sum(parts.values())
@@ -1140,7 +1245,7 @@ def one_measurement(args, run, device):
     split = data.onto(open_split(find_data(args.data, args.root, args.url)[1], "train", run.size,
                                  args.root), device)
     number = len(split.names)
-    step, network, optimizer = this_way(run, split, device)
+    step, network, optimizers = this_way(run, split, device)
     segmenter = prepare(network, {"mean": data.MEAN, "std": data.STD}, device, run.precision)
 
     def guess(index):
@@ -1149,7 +1254,7 @@ def one_measurement(args, run, device):
 
     return {"train": pace(step, run, device, number), "infer": pace(guess, run, device, number),
             "memory": peak_memory(device), "matrix_rate": matrix_rate(device, run.precision),
-            **where_time_goes(run, step, network, optimizer, device, number)}
+            **where_time_goes(run, step, network, optimizers, device, number)}
 
 
 def in_fresh_process(way, *words):
@@ -1303,10 +1408,10 @@ def bench_growth(args, run, device):
 def bench(args):
     """Times the plain way against this one, or does what else --layers … --growth ask for."""
     device = pick_device(args.device)
-    run = settings(args.model, device, toy=False)
-    run |= {"recompute": args.recompute, "precision": pick_precision(args.precision, device)}
-    run |= {name: getattr(args, name) for name in ("batch", "size", "width") if getattr(args, name)}
-    run = argparse.Namespace(**run)
+    sizes = {name: getattr(args, name) for name in ("batch", "size", "width")}
+    given = {name: value for name, value in sizes.items() if value}
+    given |= {"recompute": args.recompute, "precision": pick_precision(args.precision, device)}
+    run = argparse.Namespace(**settings(args.model, device, toy=False, given=given))
     if args.only:
         return answer(args, "", one_measurement(args, run, device))
     about = {"model": run.model, "width": run.width, "size": run.size, "batch": run.batch,

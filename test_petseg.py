@@ -787,22 +787,75 @@ def test_score_of_a_split_counts_each_image_once(toys, tmp_path):
 
 
 def test_schedules_at_their_corners():
-    def rates(name, warmup=2):  # of ten epochs of 5 steps
-        settings = Namespace(lr=0.5, warmup=warmup, epochs=10, gamma=0.9)
-        return [petseg.SCHEDULES[name](settings, step, 5, []) for step in range(50)]
+    def rates(name, warmup=0.2):
+        settings = Namespace(lr=0.5, warmup=warmup, gamma=0.9)
+        return [petseg.SCHEDULES[name](settings, done / 40, []) for done in range(1, 41)]
 
-    assert rates("constant") == [0.5] * 50
-    assert rates("exponential") == pytest.approx([0.5 * 0.9 ** (step // 5) for step in range(50)])
+    assert rates("constant") == [0.5] * 40
     cosine, root = rates("cosine"), rates("inverse_sqrt")
-    assert cosine == sorted(cosine[:10]) + sorted(cosine[10:], reverse=True)
-    assert 0 < cosine[0] <= 0.05 and 0 < cosine[49] < 0.001
-    assert (cosine[10], cosine[30]) == pytest.approx((0.5, 0.25))
-    assert (root[4], root[9], root[39]) == pytest.approx((0.125, 0.5, 0.25))
-    assert max(root) == root[9] and rates("cosine", 0)[0] == rates("inverse_sqrt", 0)[0] == 0.5
+    assert cosine == sorted(cosine[:8]) + sorted(cosine[8:], reverse=True)
+    assert (cosine[3], cosine[7], cosine[23]) == pytest.approx((0.25, 0.5, 0.25))
+    assert cosine[39] == pytest.approx(0)
+    assert (root[3], root[7], root[31]) == pytest.approx((0.125, 0.5, 0.25))
+    assert max(root) == root[7] and rates("cosine", 0)[0] > 0.49 and rates("cosine", 1)[19] == 0.25
     for dices, rate in (([], 0.5), ([0.5, 0.5, 0.4], 0.5), ([0.1, 0, 0, 0.2, 0.2, 0.2], 0.5),
                         ([0.5, 0.4, 0.4, 0.4, 0.6, 0.6, 0.6], 0.25), ([0.5] * 7, 0.125),
                         ([0.5] * 300, 1e-6)):
-        assert petseg.plateau(Namespace(lr=0.5), 0, 5, dices) == rate
+        assert petseg.plateau(Namespace(lr=0.5), 0.5, dices) == rate
+        falling = petseg.exponential(Namespace(lr=0.5, gamma=0.9), 0.5, dices)
+        assert falling == pytest.approx(0.5 * 0.9 ** len(dices))
+
+
+@pytest.mark.parametrize("epochs, grow, sides", [
+    (1, 0.85, [128]), (2, 1.0, [64, 128]), (3, 0.0, [128] * 3),
+    (12, 0.75, [64] * 6 + [96] * 3 + [128] * 3)])
+def test_pictures_grow_to_their_full_side(epochs, grow, sides):
+    run = Namespace(size=128, epochs=epochs, grow=grow)
+    assert [petseg.side_of_epoch(run, epoch) for epoch in range(1, epochs + 1)] == sides
+    # what is done is told in pixels: half of an epoch of half the side is an eighth of a large one
+    total = sum(side**2 for side in sides)
+    assert petseg.share_done(run, 1, 0.5) == pytest.approx(sides[0]**2 / 2 / total)
+    assert petseg.share_done(run, epochs, 0) == pytest.approx(1 - 128**2 / total)
+    assert petseg.share_done(run, epochs, 1) == pytest.approx(1)
+    run.size = 33  # of which half would be too small
+    assert {petseg.side_of_epoch(run, epoch) for epoch in range(1, epochs + 1)} <= {32, 33}
+
+
+@pytest.mark.parametrize("rows, columns", [(5, 5), (3, 40), (40, 3)])
+def test_orthogonal_keeps_directions_and_evens_their_strengths(rows, columns):
+    random = torch.Generator().manual_seed(0)
+    left, right = (torch.linalg.qr(torch.randn(2, n, 3, generator=random)).Q
+                   for n in (rows, columns))
+    strengths = torch.tensor([3.0, 1.0, 0.3])
+    found = petseg.orthogonal(left * strengths @ right.mT)
+    inside = left.mT @ found @ right  # what of it lies along the three pairs of directions
+    torch.testing.assert_close(left @ inside @ right.mT, found, rtol=0, atol=0.05)
+    evened = inside.diagonal(dim1=1, dim2=2)
+    torch.testing.assert_close(torch.diag_embed(evened), inside, rtol=0, atol=0.05)
+    assert 0.6 < evened.min() and evened.max() < 1.3
+
+
+def test_muon_goes_by_momentum_that_looks_ahead():
+    weight = nn.Parameter(torch.zeros(2, 2, 1, 1).to(memory_format=torch.channels_last))
+    wide = nn.Parameter(torch.zeros(2, 2, 1, 1))  # of the same shape: each by its own gradient
+    tall = nn.Parameter(torch.zeros(8, 2, 1, 1))
+    muon = petseg.Muon([weight, wide, tall])
+    muon.param_groups[0]["lr"] = 0.1
+    before = torch.zeros(2, 2)
+    for gradient in (torch.eye(2), torch.tensor([[0.0, -3.0], [3.0, 0.0]])):
+        weight.grad = gradient.view(2, 2, 1, 1).to(memory_format=torch.channels_last)
+        wide.grad, tall.grad = -weight.grad, gradient.repeat(4, 1).view(8, 2, 1, 1)
+        muon.step()
+        # a turn and a scale, as the momentum is: made orthogonal, only the turn is left
+        before = 0.95 * before + gradient
+        expected = F.normalize(gradient + 0.95 * before, dim=0)
+        moved = -weight.detach().view(2, 2) / 0.1
+        assert F.cosine_similarity(moved.flatten(), expected.flatten(), dim=0) > 0.99
+        assert 0.6 < moved.norm() / math.sqrt(2) < 1.3
+        torch.testing.assert_close(wide, -weight)
+        torch.testing.assert_close(tall.view(4, 2, 2)[0], weight.view(2, 2), rtol=0.1, atol=0.02)
+        for parameter in (weight, wide, tall):
+            parameter.data.zero_()
 
 
 def read_rows(path):
@@ -814,7 +867,7 @@ def learned(folder):
     """All that a run has learned: each tensor of both checkpoints, and the metrics but times."""
     last, best = (torch.load(folder / name, weights_only=True) for name in ("last.pt", "best.pt"))
     parts = [last["network"], last["average"], best["weights"]]
-    parts += last["optimizer"]["state"].values()
+    parts += [each for memory in last["optimizers"] for each in memory["state"].values()]
     rows = read_rows(folder / "metrics.csv")
     for row in rows:
         del row["seconds"], row["images_per_second"]
@@ -867,8 +920,9 @@ def test_resume_with_more_epochs_equals_one_long_run(trained, root, tmp_path):
 
 
 def test_stopped_and_resumed_equals_undisturbed(root, tmp_path):
-    words = ["train", "unet", "--root", root, *TINY, "--epochs", 8, "--batch", 2, "--repeat", 3,
-             "--dropout", 0.3, "--border", "random", "--schedule", "plateau", "--accumulate", 2]
+    words = ["train", "unet", "--root", root, *TINY, "--size", 48, "--epochs", 8, "--batch", 2,
+             "--repeat", 3, "--dropout", 0.3, "--border", "random", "--schedule", "plateau",
+             "--accumulate", 2]
     undisturbed = Path(answer(*words, "--out", tmp_path / "undisturbed")["run"])
     words += ["--out", tmp_path / "stopped"]
     for how, epoch in ((signal.SIGINT, 1), (signal.SIGKILL, 4)):
@@ -1069,6 +1123,8 @@ def test_a_cache_that_the_disk_cannot_hold(toys, tmp_path, monkeypatch):
     ("train", "unet"),
     ("train unet --size 31", "31"),
     ("train unet --epochs 0", "epochs"),
+    ("train unet --augment swirl=1", "swirl.*|none, flip, full.*rotate"),
+    ("train unet --augment flip=1,rotate=999", "180.*999"),
     ("train unet --data {folder}/no-test --compile --recompute", "--compile and --recompute"),
     ("train unet --data {folder}/nowhere", "nowhere"),
     ("train unet --data {folder}/empty", "trainval.txt"),
