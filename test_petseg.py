@@ -835,27 +835,32 @@ def test_orthogonal_keeps_directions_and_evens_their_strengths(rows, columns):
     assert 0.6 < evened.min() and evened.max() < 1.3
 
 
-def test_muon_goes_by_momentum_that_looks_ahead():
-    weight = nn.Parameter(torch.zeros(2, 2, 1, 1).to(memory_format=torch.channels_last))
-    wide = nn.Parameter(torch.zeros(2, 2, 1, 1))  # of the same shape: each by its own gradient
+def test_muon_goes_by_momentum_that_looks_ahead_and_by_turns():
+    first = nn.Parameter(torch.zeros(2, 2, 1, 1).to(memory_format=torch.channels_last))
+    second = nn.Parameter(torch.zeros(2, 2, 1, 1))
+    third = nn.Parameter(torch.zeros(2, 2, 1, 1))  # of the shape of the first: each its own way
     tall = nn.Parameter(torch.zeros(8, 2, 1, 1))
-    muon = petseg.Muon([weight, wide, tall])
+    muon = petseg.Muon([first, second, third, tall])
     muon.param_groups[0]["lr"] = 0.1
-    before = torch.zeros(2, 2)
-    for gradient in (torch.eye(2), torch.tensor([[0.0, -3.0], [3.0, 0.0]])):
-        weight.grad = gradient.view(2, 2, 1, 1).to(memory_format=torch.channels_last)
-        wide.grad, tall.grad = -weight.grad, gradient.repeat(4, 1).view(8, 2, 1, 1)
+    turn, memory = torch.tensor([[0.0, -3.0], [3.0, 0.0]]), torch.zeros(2, 2)
+    for step, gradient in enumerate((torch.eye(2), turn, turn, torch.eye(2))):
+        first.grad = gradient.view(2, 2, 1, 1).to(memory_format=torch.channels_last)
+        second.grad = first.grad.clone()
+        third.grad, tall.grad = -first.grad, gradient.repeat(4, 1).view(8, 2, 1, 1)
         muon.step()
         # a turn and a scale, as the momentum is: made orthogonal, only the turn is left
-        before = 0.95 * before + gradient
-        expected = F.normalize(gradient + 0.95 * before, dim=0)
-        moved = -weight.detach().view(2, 2) / 0.1
+        memory = 0.95 * memory + gradient
+        expected = F.normalize(gradient + 0.95 * memory, dim=0)
+        moving, still = ((second, tall), (first, third)) if step % 2 == 0 else (
+            (first, third), (second, tall))
+        moved = -moving[0].detach().view(2, 2) / 0.2
         assert F.cosine_similarity(moved.flatten(), expected.flatten(), dim=0) > 0.99
         assert 0.6 < moved.norm() / math.sqrt(2) < 1.3
-        torch.testing.assert_close(wide, -weight)
-        torch.testing.assert_close(tall.view(4, 2, 2)[0], weight.view(2, 2), rtol=0.1, atol=0.02)
-        for parameter in (weight, wide, tall):
-            parameter.data.zero_()
+        other = -third.view(2, 2) if moving[0] is first else tall.view(4, 2, 2)[0]
+        torch.testing.assert_close(other, moving[0].view(2, 2), rtol=0.1, atol=0.02)
+        assert not any(weight.any() for weight in still)
+        for weight in moving:
+            weight.data.zero_()
 
 
 def read_rows(path):
