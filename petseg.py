@@ -4,10 +4,10 @@ Read from top to bottom: the command line, what is said to the user, the scores,
 schedules, checkpoints, and then one function for each subcommand, `train` first.
 
 What it reaches on two CPU cores (AMD EPYC with bfloat16, torch 2.13.0, one run each, seed 0):
-    train unet --data toy              test Dice 0.9631 in 1:50, all included
-    train resnet34_unet --data toy     test Dice 0.9317 in 2:27
-    train unet --epochs 3              valid Dice 0.8526 on the pets, 60 seconds an epoch
-    train resnet34_unet --epochs 3     valid Dice 0.8220 on the pets, 62 seconds an epoch
+    train unet --epochs 11             valid Dice 0.9062 on the pets in 4:17, all included
+    train resnet34_unet --epochs 18    valid Dice 0.9043 on the pets in 7:49
+    train unet --data toy              test Dice 0.9679 in 0:54
+    train resnet34_unet --data toy     test Dice 0.9482 in 1:12
 """
 import argparse
 import os
@@ -322,7 +322,8 @@ def scores(counts):
 def side_of_epoch(run, epoch):
     """The side of the training pictures: half of it in the first two thirds of the share `grow` of
     the epochs, three quarters in the last third, then all of it, in the last epoch at the latest.
-    The valid pictures always have their full side."""
+    The valid pictures always have their full side. At equal time the valid Dice of UNet on the pets
+    is 1.8 points higher with it (0.873 without, after some two minutes, two seeds)."""
     done = epoch / run.epochs
     part = 1 if done > run.grow or epoch == run.epochs else 0.75 if done > run.grow * 2 / 3 else 0.5
     return max(32, 16 * round(run.size * part / 16)) if part < 1 else run.size
@@ -406,6 +407,7 @@ class Muon(torch.optim.Optimizer):
     https://kellerjordan.github.io/posts/muon/). A convolution's weights are a matrix, (outputs,
     taps · inputs). Gradients change a few of its directions much and most hardly at all; made
     orthogonal, a step changes all of them alike, so what is rarely seen is learned as fast.
+    On the pets UNet has a valid Dice of 0.873 after three epochs, with AdamW 0.847 (two seeds).
     """
 
     def __init__(self, weights, momentum=0.95):
@@ -625,7 +627,7 @@ def settings(model, device, toy, given):
     else:
         run |= {"size": 256, "batch": 32, "width": 64}
     # the few hundred steps that the toys take gain most from pictures that vary less: test Dice of
-    # UNet after 16 epochs 0.962 with flips alone, 0.941 with everything (a run each)
+    # UNet after 16 epochs 0.962 with flips alone, 0.941 with everything (by AdamW, a run each)
     run |= {"epochs": 16 if model == "unet" else 20, "augment": "flip"} if toy else {
         "epochs": 20, "augment": "full"}
     run |= given
@@ -805,8 +807,8 @@ def train(args):
                 loss, speed = sums[0].item() / seen, seen / (now - began)
                 stop_if_not_finite(loss)
                 left = (now - began) / (done - share_done(run, epoch, 0)) * (1 - done)
-                line.show(f"epoch {epoch}/{run.epochs} at {side}×{side}  step {step + 1}/{per_epoch}"
-                          f"  loss {loss:.4f}  {speed:.0f} images/s  {clock(left)} left")
+                line.show(f"epoch {epoch}/{run.epochs}  {side}×{side}  step {step + 1}/{per_epoch}  "
+                          f"loss {loss:.4f}  {speed:.0f} images/s  {clock(left)} left")
 
         segmenter = prepare(average, about, device, run.precision)
         valid_loss, counts = score_split(segmenter, valid_set, run.batch, run.loss)
