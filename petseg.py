@@ -807,8 +807,8 @@ def train(args):
                 loss, speed = sums[0].item() / seen, seen / (now - began)
                 stop_if_not_finite(loss)
                 left = (now - began) / (done - share_done(run, epoch, 0)) * (1 - done)
-                line.show(f"epoch {epoch}/{run.epochs}  {side}×{side}  step {step + 1}/{per_epoch}  "
-                          f"loss {loss:.4f}  {speed:.0f} images/s  {clock(left)} left")
+                line.show(f"epoch {epoch}/{run.epochs}  {side}×{side}  step {step + 1}/{per_epoch}"
+                          f"  loss {loss:.4f}  {speed:.0f} images/s  {clock(left)} left")
 
         segmenter = prepare(average, about, device, run.precision)
         valid_loss, counts = score_split(segmenter, valid_set, run.batch, run.loss)
