@@ -322,8 +322,8 @@ def scores(counts):
 def side_of_epoch(run, epoch):
     """The side of the training pictures: half of it in the first two thirds of the share `grow` of
     the epochs, three quarters in the last third, then all of it, in the last epoch at the latest.
-    The valid pictures always have their full side. At equal time the valid Dice of UNet on the pets
-    is 1.8 points higher with it (0.873 without, after some two minutes, two seeds)."""
+    The valid pictures always have their full side. For as many pixels as three epochs have, UNet has
+    a valid Dice of 0.891 on the pets with it, 0.873 without (two seeds)."""
     done = epoch / run.epochs
     part = 1 if done > run.grow or epoch == run.epochs else 0.75 if done > run.grow * 2 / 3 else 0.5
     return max(32, 16 * round(run.size * part / 16)) if part < 1 else run.size
@@ -418,7 +418,8 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         # every other weight has its turn, for a step of twice the size: half the work (an epoch of
-        # ResNet34-UNet takes 13% less time, of UNet 4%) for the same Dice (0.878 both)
+        # ResNet34-UNet takes 13% less time, of UNet 4%), for about the same valid Dice (0.878 both;
+        # UNet 0.894 instead of 0.896; a seed each)
         [group] = self.param_groups
         group["turn"] = 1 - group["turn"]
         alike = {}  # the weights of each shape, orthogonalised together
