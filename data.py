@@ -7,8 +7,10 @@ pictures that the program draws. This is the only file that knows Pillow.
 A label is a byte: 0 background, 1 pet, 2 the border between them; `targets` turns labels into
 what is learned, where 255 is a pixel that does not count. A size is (height, width) everywhere.
 """
+import csv
 import hashlib
 import http.client
+import io
 import json
 import math
 import os
@@ -23,6 +25,7 @@ import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from ssl import SSLError
 from typing import NamedTuple
@@ -49,52 +52,64 @@ def generator(*key):
 
 
 @contextmanager
-def whole_file(path, sync=False):
-    """Opens a file that appears under its name only when it is whole; `sync` also waits until it
-    would survive a power cut. A kill or a full disk leaves what stood there before."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{os.getpid()}-{os.urandom(4).hex()}.part"
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            if sync:
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    if sync and os.name == "posix":  # the folder's own entry; Windows has no such call
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-
-
-@contextmanager
-def whole_folder(path):
-    """The same for a folder: filled under another name beside `path`, renamed when complete."""
+def whole(path):
+    """A name beside `path` to write a file or a folder under, which takes the name `path` when it is
+    complete. A kill, an error or a full disk leaves what stood there before."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as temporary:
-        filled = Path(temporary) / "filled"
-        filled.mkdir()
-        yield filled
-        if path.exists():
-            os.replace(path, Path(temporary) / "replaced")
-        os.replace(filled, path)
+        new = Path(temporary) / "new"
+        yield new
+        if new.is_dir() and path.exists():  # a file can be renamed onto another, a folder cannot
+            os.replace(path, Path(temporary) / "old")
+        os.replace(new, path)
 
 
-def ahead(function, items):
-    """Yields function(item) of each item in turn, worked out by as many threads as there are cores.
-    Four times as many are begun at most before the first is taken, so memory stays flat."""
-    cores, waiting = os.cpu_count(), deque()
+def write(path, content, sync=False):
+    """Writes a file whole or not at all; with `sync` it then outlasts a power cut."""
+    with whole(path) as new, open(new, "wb") as file:
+        file.write(content)
+        if sync:
+            file.flush()
+            os.fsync(file.fileno())
+    if sync:
+        folder = os.open(Path(path).parent, os.O_RDONLY)
+        os.fsync(folder)  # the file's name is an entry of its folder
+        os.close(folder)
+
+
+def write_table(path, rows):
+    """Rows, which are dicts of the same names, as a CSV file."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, rows[0] if rows else ())
+    writer.writeheader()
+    writer.writerows(rows)
+    write(path, text.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def write_json(path, content):
+    """A small result as a file."""
+    write(path, json.dumps(content, indent=2).encode())
+
+
+def ahead(function, items, report):
+    """Yields function(item), or the Problem it met instead, of each item in turn, worked out by as
+    many threads as there are cores. Four times as many are begun at most before the first is taken,
+    so memory stays flat. `report(done, all)` is told of each."""
+    def attempt(item):
+        try:
+            return function(item)
+        except Problem as fault:
+            return fault
+
+    cores, rest = os.cpu_count(), iter(items)
     with ThreadPoolExecutor(cores) as pool:
-        for item in items:
-            waiting.append(pool.submit(function, item))
-            if len(waiting) == 4 * cores:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        waiting = deque(pool.submit(attempt, item) for item in islice(rest, 4 * cores))
+        for done in range(1, len(items) + 1):
+            found = waiting.popleft().result()
+            waiting.extend(pool.submit(attempt, item) for item in islice(rest, 1))
+            report(done, len(items))
+            yield found
 
 
 # ----------------------------------------------------------------------- one picture, one trimap
@@ -151,16 +166,22 @@ def read_trimap(path):
     return TRIMAP[values.astype(np.uint8)]
 
 
-def shrink(labels, size):
-    """Labels at another size, each pixel that of the nearest place."""
-    return np.asarray(Image.fromarray(labels).resize(size[::-1], Image.Resampling.NEAREST))
+def picture(array):
+    """An array of bytes as a picture; a boolean one as white on black."""
+    return Image.fromarray(array * np.uint8(255) if array.dtype == bool else np.asarray(array))
+
+
+def resized(image, size, how="BILINEAR"):
+    """A picture, or an array as one, at another size, as an array."""
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    return np.array(image.resize(size[::-1], Image.Resampling[how]))
 
 
 def read_pair(sample, size):
     """One photo and its labels as arrays of bytes, (H, W, 3) and (H, W)."""
     labels = read_trimap(sample.mask)
     image = read_image(sample.image, size, labels.shape)
-    return np.asarray(image), shrink(labels, size)
+    return np.asarray(image), resized(labels, size, "NEAREST")
 
 
 # ------------------------------------------------------------------------------ the pets' folder
@@ -227,6 +248,19 @@ def find_pictures(paths):
     return found
 
 
+def unique_names(paths):
+    """A name for the outputs of each picture: its own, with a number where it comes again."""
+    taken, names = set(), []
+    for path in paths:
+        name, number = path.stem, 1
+        while name.casefold() in taken:
+            number += 1
+            name = f"{path.stem}-{number}"
+        taken.add(name.casefold())
+        names.append(name)
+    return names
+
+
 def find_truth(image):
     """The trimap of a photo that lies in a pets' folder, or None."""
     path = Path(image).absolute().parent.parent / "annotations" / "trimaps" / f"{image.stem}.png"
@@ -238,12 +272,9 @@ def check(folder, progress):
     `progress(what)` gives the function that is told of each step, here and in `get_pets`."""
     result = {}
     for split in splits(folder):
-        samples, faults, report = list_samples(folder, split), [], progress(f"check {split}")
-        for done, pair in enumerate(decoded(samples, (32, 32)), start=1):
-            if isinstance(pair, Exception):
-                faults.append(str(pair))
-            report(done, len(samples))
-        result[split] = len(samples), faults
+        samples = list_samples(folder, split)
+        pairs = decoded(samples, (32, 32), progress(f"check {split}"))
+        result[split] = len(samples), [str(pair) for pair in pairs if isinstance(pair, Problem)]
     return result
 
 
@@ -274,24 +305,20 @@ def get_pets(root, url, progress, archives=ARCHIVES, pauses=(1, 2, 4, 8, 16)):
     return folder
 
 
-def fetch(url, path, md5, progress, pauses):
+def fetch(url, path, md5, report, pauses):
     """Downloads to `path`.part, goes on where a break left it, checks the sum, then renames."""
-    part = path.with_name(path.name + ".part")
+    part, failures = path.with_name(path.name + ".part"), 0
     part.parent.mkdir(parents=True, exist_ok=True)
-    failures = 0
     while not path.exists():
-        before = part.stat().st_size if part.exists() else 0
+        have = part.stat().st_size if part.exists() else 0
         try:
-            append(url, part, progress)
+            append(url, part, have, report)
         except ValueError as error:
             raise Problem(f"{url} is no address: {error}") from error
         except NETWORK as error:
-            progressed = part.exists() and part.stat().st_size > before
-            failures = 1 if progressed else failures + 1
-            if isinstance(error, urllib.error.HTTPError):
-                final = error.code < 500 and error.code not in (408, 429)
-            else:
-                final = not part.exists()  # nothing ever came: no such server, or no network
+            failures = 1 if part.exists() and part.stat().st_size > have else failures + 1
+            code = getattr(error, "code", None)  # a server's answer; without one, did anything come?
+            final = code < 500 and code not in (408, 429) if code else not part.exists()
             if final or failures > len(pauses):
                 raise DownloadFailed(f"cannot download {url}: {error}; check the network, or name "
                                      "a mirror with --url") from error
@@ -308,9 +335,8 @@ def fetch(url, path, md5, progress, pauses):
         os.replace(part, path)
 
 
-def append(url, part, progress):
-    """One request: asks for what `part` lacks and appends it. A break shows as an OSError."""
-    have = part.stat().st_size if part.exists() else 0
+def append(url, part, have, report):
+    """One request: appends to `part`, `have` bytes long, what it lacks. A break is an OSError."""
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         response = urllib.request.urlopen(request, timeout=30)
@@ -326,7 +352,7 @@ def append(url, part, progress):
         while chunk := response.read(1 << 18):
             file.write(chunk)
             have += len(chunk)
-            progress(have, max(total, have))
+            report(have, max(total, have))
     if have < total:
         raise ConnectionError(f"the connection broke after {have} of {total} bytes")
 
@@ -335,22 +361,21 @@ def unpack(archive, folder):
     """Unpacks ARCHIVE.tar.gz, whose members all lie in ARCHIVE/, to folder/ARCHIVE, which appears
     when it is whole. Only plain files and folders inside ARCHIVE/ are accepted."""
     name = archive.name.split(".")[0]
-    with whole_folder(folder / name) as filled:
-        try:
-            with tarfile.open(archive) as tar:
-                for member in tar:
-                    parts = Path(member.name).parts
-                    plain = member.isfile() or member.isdir()
-                    if parts[:1] != (name,) or ".." in parts or not plain:
-                        raise Problem(f"{archive} is refused: its member {member.name!r} would not "
-                                      f"be a plain file in {name}/; get it from another place")
-                    target = filled.joinpath(*parts[1:])
-                    (target if member.isdir() else target.parent).mkdir(parents=True, exist_ok=True)
-                    if member.isfile():
-                        with tar.extractfile(member) as source, open(target, "wb") as file:
-                            shutil.copyfileobj(source, file)
-        except (tarfile.TarError, EOFError, zlib.error) as error:
-            raise Problem(f"{archive} cannot be unpacked: {error}; delete it, try again") from error
+    try:
+        with whole(folder / name) as new, tarfile.open(archive) as tar:
+            for member in tar:
+                parts = Path(member.name).parts
+                plain = member.isfile() or member.isdir()
+                if parts[:1] != (name,) or ".." in parts or not plain:
+                    raise Problem(f"{archive} is refused: its member {member.name!r} would not be a "
+                                  f"plain file in {name}/; get it from another place")
+                target = new.joinpath(*parts[1:])
+                (target if member.isdir() else target.parent).mkdir(parents=True, exist_ok=True)
+                if member.isfile():
+                    with tar.extractfile(member) as source, open(target, "wb") as file:
+                        shutil.copyfileobj(source, file)
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise Problem(f"{archive} cannot be unpacked: {error}; delete it, try again") from error
 
 
 # ---------------------------------------------------------------------------------- the toy pets
@@ -409,102 +434,97 @@ def draw_figure(rng, cat):
     return parts, [*eyes, blob(x, y + r * 0.25, r * 0.13, r * 0.09)]
 
 
-def noise(rng, width, height, across, down):
+def noise(rng, size, across, down):
     """Smooth noise in 0..1 whose bumps are about `across` × `down` pixels large."""
-    coarse = rng.random((max(2, round(height / down)), max(2, round(width / across))))
-    scaled = Image.fromarray(coarse.astype(np.float32)).resize((width, height), Image.BICUBIC)
-    return np.asarray(scaled)[..., None].clip(0, 1)
+    coarse = rng.random((max(2, round(size[0] / down)), max(2, round(size[1] / across))))
+    return resized(coarse.astype(np.float32), size, "BICUBIC")[..., None].clip(0, 1)
 
 
-def paint(rng, width, height, colours, bumps):
+def paint(rng, size, colours, bumps):
     """A surface between two of `colours`, mottled by noise of the size `bumps`."""
     one, two = colours[rng.integers(len(colours), size=2)] + rng.normal(0, 10, (2, 3))
-    mixed = noise(rng, width, height, *bumps)
+    mixed = noise(rng, size, *bumps)
     return one.astype(np.float32) + (two - one).astype(np.float32) * mixed
 
 
-def stencil(width, height, shapes):
+def stencil(size, shapes):
     """Draws (polygon, value) shapes at double size and halves it: a float array, smooth edges."""
-    image = Image.new("L", (2 * width, 2 * height))
+    image = Image.new("L", (2 * size[1], 2 * size[0]))
     draw = ImageDraw.Draw(image)
     for polygon, value in shapes:
-        draw.polygon([tuple(point) for point in (2 * polygon).tolist()], fill=int(value))
+        draw.polygon((2 * polygon).ravel().tolist(), fill=int(value))
     return np.asarray(image.reduce(2), dtype=np.float32)[..., None]
 
 
-def draw_things(rng, picture, number, sizes):
-    """Paints `number` cushions, boxes and planks over the picture; returns where, in 0..1."""
-    height, width = picture.shape[:2]
-    covered = np.zeros((height, width, 1), np.float32)
+def draw_things(rng, photo, number, sizes):
+    """Paints `number` cushions, boxes and planks over the photo; returns where, in 0..1."""
+    size, covered = photo.shape[:2], np.zeros_like(photo[..., :1])
     for _ in range(number):
-        x, y = rng.uniform(0, width), rng.uniform(0, height)
-        rx, ry = rng.uniform(*sizes, 2) * min(width, height)
+        x, y = rng.uniform(0, size[1]), rng.uniform(0, size[0])
+        rx, ry = rng.uniform(*sizes, 2) * min(size)
         shape = blob(x, y, rx, ry, rng.uniform(0, 3), rng.choice([4, 28]))
-        alpha = stencil(width, height, [(shape, 255)]) / 255
-        surface = paint(rng, width, height, COLOURS, rng.choice([3, 8, 25], size=2))
-        picture += (surface - picture) * alpha
+        alpha = stencil(size, [(shape, 255)]) / 255
+        photo += (paint(rng, size, COLOURS, rng.choice([3, 8, 25], size=2)) - photo) * alpha
         covered = np.maximum(covered, alpha)
     return covered
 
 
 def draw_toy(rng, breed):
     """One toy pet: its photo (an RGB image) and its trimap (1 pet, 2 background, 3 border)."""
-    width, height = (int(side) for side in rng.integers(150, 231, 2))
-    picture = paint(rng, width, height, COLOURS, rng.choice([4, 15, 60], size=2))
-    draw_things(rng, picture, rng.integers(3, 8), (0.05, 0.3))
+    width, height = rng.integers(150, 231, 2).tolist()
+    size = height, width
+    photo = paint(rng, size, COLOURS, rng.choice([4, 15, 60], size=2))
+    draw_things(rng, photo, rng.integers(3, 8), (0.05, 0.3))
 
     parts, face = draw_figure(rng, cat=breed[0].isupper())
-    scale, turn = min(width, height) * rng.uniform(0.42, 0.72), rng.normal(0, 0.2)
+    scale, turn = min(size) * rng.uniform(0.42, 0.72), rng.normal(0, 0.2)
     facing = np.array([[rng.choice([-1, 1]), 0], [0, 1]])
     place = facing @ (scale * np.array([[math.cos(turn), math.sin(turn)],
                                         [-math.sin(turn), math.cos(turn)]]))
     centre = np.array([width, height]) * rng.uniform(0.38, 0.62, 2)
     parts = [(part @ place + centre, shade) for part, shade in parts]
-    alpha = stencil(width, height, [(part, 255) for part, _ in parts]) / 255
+    alpha = stencil(size, [(part, 255) for part, _ in parts]) / 255
 
-    coat = paint(rng, width, height, COLOURS[:8], (30, 30))
+    coat = paint(rng, size, COLOURS[:8], (30, 30))
     bumps = {"stripes": (7, 60), "spots": (11, 11), "patches": (45, 45)}.get(COATS[breed])
     if bumps:
-        marks = paint(rng, width, height, COLOURS[:8], (30, 30))
-        coat += (marks - coat) * (noise(rng, width, height, *bumps) > 0.55)
-    hair = noise(rng, width, height, 2, 7) + noise(rng, width, height, 2, 4) - 1
-    coat = coat * (0.55 + stencil(width, height, parts) / 280) + 38 * hair
-    picture += (coat - picture) * alpha
+        marks = paint(rng, size, COLOURS[:8], (30, 30))
+        coat += (marks - coat) * (noise(rng, size, *bumps) > 0.55)
+    hair = noise(rng, size, 2, 7) + noise(rng, size, 2, 4) - 1
+    coat = coat * (0.55 + stencil(size, parts) / 280) + 38 * hair
+    photo += (coat - photo) * alpha
     features = [(part @ place + centre, 255) for part in face]
-    picture += (np.array([18, 14, 12]) - picture) * stencil(width, height, features) / 255
+    photo += (np.array([18, 14, 12]) - photo) * stencil(size, features) / 255
 
-    hidden = draw_things(rng, picture, rng.integers(0, 3), (0.04, 0.14))
-    picture *= 0.75 + 0.5 * noise(rng, width, height, width, height)  # uneven light
-    picture += 5 * rng.standard_normal(picture.shape, dtype=np.float32)
-    mask = Image.fromarray((255 * alpha * (1 - hidden))[..., 0].astype(np.uint8))
-    sharp = mask.point([255 * (value > 127) for value in range(256)])
-    near = np.asarray(sharp.filter(ImageFilter.BoxBlur(2)))
+    hidden = draw_things(rng, photo, rng.integers(0, 3), (0.04, 0.14))
+    photo *= 0.75 + 0.5 * noise(rng, size, width, height)  # uneven light
+    photo += 5 * rng.standard_normal(photo.shape, dtype=np.float32)
+    pet = picture((255 * alpha * (1 - hidden))[..., 0] >= 128)
+    near = np.asarray(pet.filter(ImageFilter.BoxBlur(2)))
     trimap = np.where(near > 240, 1, np.where(near < 15, 2, 3)).astype(np.uint8)
-    return Image.fromarray(picture.clip(0, 255).astype(np.uint8)), Image.fromarray(trimap)
+    return Image.fromarray(photo.clip(0, 255).astype(np.uint8)), Image.fromarray(trimap)
 
 
-def make_toys(root, progress, seed=0, trainval=400, test=100):
+def make_toys(root, report, seed=0, trainval=400, test=100):
     """Draws the toy pets in exactly the pets' layout; returns their folder."""
     folder = Path(root) / TOYS
-    with whole_folder(folder) as filled:
-        (filled / "images").mkdir()
-        (filled / "annotations" / "trimaps").mkdir(parents=True)
+    with whole(folder) as new:
+        images, annotations = new / "images", new / "annotations"
+        images.mkdir(parents=True)
+        (annotations / "trimaps").mkdir(parents=True)
 
         def draw(i):
             breed = list(COATS)[i % len(COATS)]
             name = f"{breed}_{i // len(COATS) + 1}"
             image, trimap = draw_toy(np.random.default_rng((seed, i)), breed)
-            image.save(filled / "images" / f"{name}.jpg", quality=90)
-            trimap.save(filled / "annotations" / "trimaps" / f"{name}.png")
+            image.save(images / f"{name}.jpg", quality=90)
+            trimap.save(annotations / "trimaps" / f"{name}.png")
             return f"{name} {i % len(COATS) + 1} {1 if breed[0].isupper() else 2} 1\n"
 
-        lines = []
-        for line in ahead(draw, range(trainval + test)):
-            lines.append(line)
-            progress(len(lines), trainval + test)
+        lines = list(ahead(draw, range(trainval + test), report))
         head = "# name class species(1 cat, 2 dog) breed\n"
-        (filled / "annotations" / "trainval.txt").write_text(head + "".join(lines[:trainval]))
-        (filled / "annotations" / "test.txt").write_text(head + "".join(lines[trainval:]))
+        (annotations / "trainval.txt").write_text(head + "".join(lines[:trainval]))
+        (annotations / "test.txt").write_text(head + "".join(lines[trainval:]))
     return folder
 
 
@@ -519,22 +539,16 @@ class Split(NamedTuple):
     skipped: list        # what could not be read and is left out, a line each
 
 
-def decoded(samples, size):
-    """Yields (image, labels), or the Unreadable or Problem met instead, of each sample in turn.
+def decoded(samples, size, report):
+    """Yields (image, labels), or the Problem met instead, of each sample in turn.
 
     Threads are enough: Pillow lets go of Python's lock while it decodes and scales. Two cores
     decode and scale 1,145 JPEGs of 500×375 a second with two threads, 599 with one.
     """
-    def read(sample):
-        try:
-            return read_pair(sample, size)
-        except Problem as fault:
-            return fault
-
-    return ahead(read, samples)
+    return ahead(lambda sample: read_pair(sample, size), samples, report)
 
 
-def open_split(folder, split, size, cache, progress):
+def open_split(folder, split, size, cache, report):
     """A split of a pets' folder at `size`, from `cache`, where its first use writes it.
 
     The cache's name holds names, sizes and times of all files: a changed folder gets a new one.
@@ -546,7 +560,7 @@ def open_split(folder, split, size, cache, progress):
     place = Path(cache) / f"{Path(folder).resolve().name}-{split}-{size[0]}x{size[1]}-{key}"
     if not place.is_dir():
         try:
-            build_cache(place, samples, size, progress)
+            build_cache(place, samples, size, report)
         except OSError:
             if not place.is_dir():  # else another run has written the same cache in the meantime
                 raise
@@ -563,20 +577,19 @@ def write_header(file, shape):
     np.lib.format.write_array_header_1_0(file, head)
 
 
-def build_cache(place, samples, size, progress):
+def build_cache(place, samples, size, report):
     """Decodes every sample once into images.npy and labels.npy in the folder `place`."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    need, free = 4 * size[0] * size[1] * len(samples), shutil.disk_usage(place.parent).free
-    if need > free:
-        raise Problem(f"the cache {place} needs {need / 1e6:,.0f} MB, the disk has "
-                      f"{free / 1e6:,.0f} MB; make room, or name another disk with --root")
     names, skipped = [], []
-    with whole_folder(place) as filled:
-        image_file, label_file = filled / "images.npy", filled / "labels.npy"
-        with open(image_file, "wb") as images, open(label_file, "wb") as labels:
+    with whole(place) as new:
+        need, free = 4 * size[0] * size[1] * len(samples), shutil.disk_usage(new.parent).free
+        if need > free:
+            raise Problem(f"the cache {place} needs {need / 1e6:,.0f} MB, the disk has "
+                          f"{free / 1e6:,.0f} MB; make room, or name another disk with --root")
+        new.mkdir()
+        with open(new / "images.npy", "wb") as images, open(new / "labels.npy", "wb") as labels:
             write_header(images, (0, *size, 3))
             write_header(labels, (0, *size))
-            for sample, pair in zip(samples, decoded(samples, size)):
+            for sample, pair in zip(samples, decoded(samples, size, report)):
                 if isinstance(pair, Unreadable):
                     skipped.append(str(pair))
                 elif isinstance(pair, Problem):
@@ -585,12 +598,11 @@ def build_cache(place, samples, size, progress):
                     images.write(pair[0].tobytes())
                     labels.write(pair[1].tobytes())
                     names.append(sample.name)
-                progress(len(names) + len(skipped), len(samples))
             write_header(images, (len(names), *size, 3))
             write_header(labels, (len(names), *size))
         if not names:
             raise Problem(f"none of {len(samples)} pictures can be read; the first: {skipped[0]}")
-        (filled / "about.json").write_text(json.dumps({"names": names, "skipped": skipped}))
+        (new / "about.json").write_text(json.dumps({"names": names, "skipped": skipped}))
 
 
 # ---------------------------------------------------------------------- batches and augmentation
@@ -613,17 +625,21 @@ def send(tensor, device):
     return tensor.to(device, non_blocking=device.type == "cuda")
 
 
+def floats(images):
+    """Bytes (B, H, W, 3) to (B, 3, H, W) in 0..1, seen so without being moved: channels-last."""
+    return images.permute(0, 3, 1, 2).float() / 255
+
+
 def load(split, index, device=torch.device("cpu")):
     """The pictures `index` of a split: images (B, 3, H, W) in 0..1 and labels (B, H, W) in bytes.
 
     No worker processes: taking a batch from the memory map costs 0.5 ms, a training step 148
     (UNet of width 16, 8 images of 128×128, two cores).
     """
-    on_gpu = torch.is_tensor(split.images)  # see `onto`
-    index = send(index, device) if on_gpu else np.asarray(index)
+    # an array lies here, a tensor on the GPU, see `onto`
+    index = send(index, device) if torch.is_tensor(split.images) else np.asarray(index)
     images, labels = (send(torch.as_tensor(part[index]), device) for part in split[1:3])
-    # seen as (B, 3, H, W) without moving a byte: this is what torch calls channels-last
-    return images.permute(0, 3, 1, 2).float() / 255, labels
+    return floats(images), labels
 
 
 def normalise(images, mean=MEAN, std=STD):
@@ -635,21 +651,6 @@ def normalise(images, mean=MEAN, std=STD):
 def shuffled(number, repeat, seed, epoch):
     """The order of an epoch: each of `number` pictures `repeat` times, shuffled."""
     return torch.randperm(number * repeat, generator=generator("shuffle", seed, epoch)) % number
-
-
-AUGMENT = {
-    "none": {},
-    "flip": {"flip": 0.5},
-    "full": {"flip": 0.5, "rotate": 20, "zoom": 1.4, "shift": 0.1,
-             "brightness": 0.3, "contrast": 0.3, "saturation": 1.0},
-}
-
-
-def strengths(text):
-    """What --augment names, or says by itself as in "rotate=15,flip=0.5"."""
-    if text in AUGMENT:
-        return AUGMENT[text]
-    return {name: float(value) for name, value in (part.split("=") for part in text.split(","))}
 
 
 def augment(images, labels, random, size=None, share=1.0, flip=0.0, vflip=0.0, rotate=0.0, zoom=1.0,
@@ -696,10 +697,9 @@ def targets(labels, border="foreground", random=None):
     """Labels to what is learned: 0 background, 1 pet, 255 not counted. The border is taken as
     "foreground", "background" or "ignore", or each connected region of it as one of the first two
     with probability ½ ("random")."""
-    if border != "random":
-        meaning = {"foreground": 1, "background": 0, "ignore": 255}[border]
-        return torch.where(labels == 2, meaning, labels)
     edge = labels == 2
+    if border != "random":
+        return torch.where(edge, {"foreground": 1, "background": 0, "ignore": 255}[border], labels)
     root = torch.arange(labels.numel() + 1, device=labels.device)
     numbers = root[1:].view_as(labels) * edge        # (B, H, W): at first each is its own region
     while True:
@@ -732,50 +732,23 @@ def png(image):
     rows[:, 0], rows[0, 1:] = 2, pixels[0]  # 2 means: the difference from above
     np.subtract(pixels[1:], pixels[:-1], out=rows[1:, 1:])  # of bytes, that is modulo 256
     packer = zlib.compressobj(1, strategy=zlib.Z_RLE)
-
-    def chunk(kind, content):
-        check = zlib.crc32(kind + content)
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check)
-
     colour = {"L": 0, "RGB": 2, "RGBA": 6}[image.mode]
-    header = struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)
-    packed = packer.compress(rows) + packer.flush()
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed)
-            + chunk(b"IEND", b""))
+    file = b"\x89PNG\r\n\x1a\n"
+    for kind, content in ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, colour, 0, 0, 0)),
+                          (b"IDAT", packer.compress(rows) + packer.flush()), (b"IEND", b"")):
+        check = zlib.crc32(kind + content)
+        file += struct.pack(">I", len(content)) + kind + content + struct.pack(">I", check)
+    return file
 
 
 def save_picture(image, path):
     """Writes a picture whole or not at all, in the format of its name's ending, else as PNG."""
     kind = Image.registered_extensions().get(Path(path).suffix.lower(), "PNG")
-    with whole_file(path) as file:
+    with whole(path) as new:
         if kind == "PNG":
-            file.write(png(image))
+            new.write_bytes(png(image))
         else:
-            image.save(file, kind)
-
-
-def picture(array):
-    """An array of bytes as a picture; a boolean one as white on black."""
-    return Image.fromarray(array * np.uint8(255) if array.dtype == bool else np.asarray(array))
-
-
-def pixels(photo, size):
-    """A photo scaled to `size` as a batch of one, (1, 3, H, W) in 0..1."""
-    array = np.array(photo.resize(size[::-1], Image.Resampling.BILINEAR))
-    return torch.from_numpy(array)[None].permute(0, 3, 1, 2).float() / 255
-
-
-def bounding_box(mask):
-    """left, top, right, bottom of the pixels that are set, the last two exclusive; None if none."""
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    if not len(rows):
-        return None, None, None, None
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
-
-
-def enlarge(probability, size):
-    """An array of probabilities at a photo's own size."""
-    return np.asarray(Image.fromarray(probability).resize(size[::-1], Image.Resampling.BILINEAR))
+            image.save(new, kind)
 
 
 def overlay(photo, mask):
@@ -795,19 +768,6 @@ def cutout(photo, mask):
     return alone
 
 
-RESULTS = {  # what `infer` can write, each from the photo, its mask, and the true mask or None
-    "mask": lambda photo, mask, truth: picture(mask),
-    "overlay": lambda photo, mask, truth: overlay(photo, mask),
-    "cutout": lambda photo, mask, truth: cutout(photo, mask),
-    "panel": lambda photo, mask, truth: panel(photo, truth, mask, "photo"),
-}
-
-
-def font(size):
-    """The font that comes with Pillow, so that pictures look the same everywhere."""
-    return ImageFont.load_default(size)
-
-
 def panel(photo, truth, mask, caption, side=256):
     """photo | truth (where known) | prediction in a row, each `side` high, with names above."""
     width = max(1, round(side * photo.width / photo.height))
@@ -817,17 +777,24 @@ def panel(photo, truth, mask, caption, side=256):
     for i, (name, tile) in enumerate(tiles):
         tile = overlay(photo, tile) if i else tile
         row.paste(tile.resize((width, side), Image.Resampling.BICUBIC), (i * (width + 4), 24))
-        ImageDraw.Draw(row).text((i * (width + 4), 4), name, "black", font(13))
+        ImageDraw.Draw(row).text((i * (width + 4), 4), name, "black", ImageFont.load_default(13))
     return row
 
 
-def gallery(panels, columns=2):
-    """Panels one beside and below another, on white."""
-    wide, high = max(p.width for p in panels), max(p.height for p in panels)
-    rows = math.ceil(len(panels) / columns)
-    sheet = Image.new("RGB", (columns * (wide + 12), rows * (high + 12)), "white")
+RESULTS = {  # what `infer` can write, each from the photo, its mask, and the true mask or None
+    "mask": lambda photo, mask, truth: picture(mask),
+    "overlay": lambda photo, mask, truth: overlay(photo, mask),
+    "cutout": lambda photo, mask, truth: cutout(photo, mask),
+    "panel": lambda photo, mask, truth: panel(photo, truth, mask, "photo"),
+}
+
+
+def gallery(panels):
+    """Panels two and two beside each other, on white."""
+    wide, high = max(p.width for p in panels) + 12, max(p.height for p in panels) + 12
+    sheet = Image.new("RGB", (2 * wide, math.ceil(len(panels) / 2) * high), "white")
     for i, p in enumerate(panels):
-        sheet.paste(p, (i % columns * (wide + 12) + 6, i // columns * (high + 12) + 6))
+        sheet.paste(p, (i % 2 * wide + 6, i // 2 * high + 6))
     return sheet
 
 
@@ -836,92 +803,76 @@ def gallery(panels, columns=2):
 LINES = ((0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0), (86, 180, 233))
 
 
-class Curve(NamedTuple):
-    """One line of a plot."""
-    label: str
-    colour: tuple
-    width: int
-    points: list   # (x, y) pairs
-
-
 def ticks(low, high, most=6):
     """Round numbers (1, 2 or 5 times a power of ten apart) that cover low..high."""
     rough = max(high - low, 1e-9) / most
     power = 10 ** math.floor(math.log10(rough))
     step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough * 0.999)
-    return [round(i * step, 10) for i in range(math.floor(low / step + 1e-9),
-                                               math.ceil(high / step - 1e-9) + 1)]
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 10) for i in range(first, last + 1)]
 
 
-def draw_plot(draw, box, title, curves, marks):
-    """Axes, grid, legend, curves and marks (x, y, text, colour) inside `box`, at twice the size."""
+def draw_plot(draw, box, title, curves):
+    """Title, legend, axes, grid and curves inside `box`. A curve is (label, colour, width, points,
+    the number of the point that gets a mark or None)."""
     left, top, right, bottom = box
-    small, large = font(24), font(30)
+    small, large, grey = ImageFont.load_default(24), ImageFont.load_default(30), (60, 60, 60)
     draw.text(((left + right) / 2, top), title, "black", large, anchor="mt")
     x, y = left, top + 62
-    for curve in curves:  # the legend stands above the axes, where nothing can run into it
-        wide = 60 + draw.textlength(curve.label, small)
+    for label, colour, width, *_ in curves:  # the legend is above the axes: nothing runs into it
+        wide = 60 + draw.textlength(label, small)
         if x > left and x + wide > right:
             x, y = left, y + 36
-        draw.line([(x, y), (x + 46, y)], curve.colour, curve.width)
-        draw.text((x + 56, y), curve.label, (60, 60, 60), small, anchor="lm")
+        draw.line([(x, y), (x + 46, y)], colour, width)
+        draw.text((x + 56, y), label, grey, small, anchor="lm")
         x += wide + 30
     top = y + 34
 
-    xs, ys = zip(*(point for curve in curves for point in curve.points))
-    x_ticks = [tick for tick in ticks(min(xs), max(xs), 8) if tick == int(tick)]
-    y_ticks = ticks(min(ys), max(ys))
-    x_low, x_high = (min(xs), max(xs)) if max(xs) > min(xs) else (min(xs) - 0.5, max(xs) + 0.5)
-    y_low, y_high = min(y_ticks), max(max(y_ticks), min(y_ticks) + 1e-9)
+    xs, ys = zip(*(point for curve in curves for point in curve[3]))
+    y_ticks, x_low, x_high = ticks(min(ys), max(ys)), min(xs) - 0.5, max(xs) + 0.5
+    y_low, y_high = y_ticks[0], y_ticks[-1] + 1e-9
 
     def place(x, y):
-        return (left + 16 + (right - left - 32) * (x - x_low) / (x_high - x_low),
+        return (left + 12 + (right - left - 24) * (x - x_low) / (x_high - x_low),
                 bottom - (bottom - top) * (y - y_low) / (y_high - y_low))
 
     for tick in y_ticks:
         at = place(x_low, tick)[1]
         draw.line([(left, at), (right, at)], (225, 225, 225), 2)
-        draw.text((left - 12, at), f"{tick:g}", (60, 60, 60), small, anchor="rm")
-    for tick in x_ticks:
-        if x_low <= tick <= x_high:
+        draw.text((left - 12, at), f"{tick:g}", grey, small, anchor="rm")
+    for tick in ticks(min(xs), max(xs), 8):
+        if x_low <= tick <= x_high and tick == int(tick):
             at = place(tick, y_low)[0]
-            draw.line([(at, top), (at, bottom)], (238, 238, 238), 2)
-            draw.line([(at, bottom), (at, bottom + 8)], (60, 60, 60), 2)
-            draw.text((at, bottom + 14), f"{tick:g}", (60, 60, 60), small, anchor="mt")
-    draw.line([(left, top), (left, bottom), (right, bottom)], (60, 60, 60), 3)
+            draw.line([(at, top), (at, bottom + 8)], (225, 225, 225), 2)
+            draw.text((at, bottom + 14), f"{tick:g}", grey, small, anchor="mt")
+    draw.line([(left, top), (left, bottom), (right, bottom)], grey, 3)
     draw.text(((left + right) / 2, bottom + 50), "epoch", "black", small, anchor="mt")
-    for curve in curves:
-        points = [place(*point) for point in curve.points]
-        draw.line(points, curve.colour, curve.width, "curve")
-        draw.circle(points[-1], curve.width, curve.colour)  # all there is after one epoch
-    for x, y, text, colour in marks:
-        at, height = place(x, y)
-        draw.line([(at, height), (at, bottom)], colour, 2)
-        draw.ellipse((at - 9, height - 9, at + 9, height + 9), "white", colour, 5)
-        if text:  # at the foot of its line, on the side with more room
-            anchor, shift = ("rb", -12) if at > (left + right) / 2 else ("lb", 12)
-            where = (at + shift, bottom - 12)
-            draw.rectangle(draw.textbbox(where, text, small, anchor=anchor), "white")
-            draw.text(where, text, colour, small, anchor=anchor)
+    for _, colour, width, points, _ in curves:
+        points = [place(*point) for point in points]
+        draw.line(points, colour, width, "curve")
+        draw.circle(points[-1], width, colour)  # all there is after one epoch
+    for _, colour, _, points, mark in curves:
+        if mark is not None:
+            x, y = place(*points[mark])
+            draw.line([(x, y), (x, bottom)], colour, 2)
+            draw.circle((x, y), 9, "white", colour, 5)
 
 
 def draw_curves(path, runs):
-    """Loss and Dice over the epochs; `runs` is {name: rows of metrics}. One run alone is drawn
-    with its train curves and its best epoch named; several are told apart by colour."""
+    """Loss and Dice over the epochs; `runs` is {name: rows of metrics}; marks stand at the best
+    epochs. One run alone has a colour for training and one for validation, several one each."""
     image = Image.new("RGB", (2400, 1080), "white")  # at twice the size, for smooth edges
-    draw = ImageDraw.Draw(image)
-    for measure, title, box in (("loss", "Loss", (110, 30, 1150, 960)),
-                                ("dice", "Dice", (1310, 30, 2350, 960))):
-        curves, marks = [], []
+    alone = len(runs) == 1
+    for left, measure in ((110, "loss"), (1310, "dice")):
+        title, curves = measure.capitalize(), []
         for i, (name, rows) in enumerate(runs.items()):
-            colours = (LINES[0], LINES[1]) if len(runs) == 1 else (LINES[i % len(LINES)],) * 2
-            for part, colour in zip(("train", "valid"), colours):
-                label = part if len(runs) == 1 else f"{name} {part}"
+            dices = [row["valid_dice"] for row in rows]
+            best = dices.index(max(dices))
+            colours = LINES[:2] if alone else [LINES[i % len(LINES)]] * 2
+            for part, colour, width, mark in zip(("train", "valid"), colours, (4, 7), (None, best)):
                 points = [(row["epoch"], row[f"{part}_{measure}"]) for row in rows]
-                curves.append(Curve(label, colour, 4 if part == "train" else 7, points))
-            best = max(rows, key=lambda row: row["valid_dice"])
-            text = f"best {best['valid_dice']:.4f}, epoch {best['epoch']}"
-            named = measure == "dice" and len(runs) == 1
-            marks.append((best["epoch"], best[f"valid_{measure}"], text * named, colours[1]))
-        draw_plot(draw, box, title, curves, marks)
+                curves.append((part if alone else f"{name} {part}", colour, width, points, mark))
+        if alone and measure == "dice":
+            title += f": best {dices[best]:.4f}, epoch {rows[best]['epoch']}"
+        draw_plot(ImageDraw.Draw(image), (left, 30, left + 1040, 960), title, curves)
     save_picture(image.resize((1200, 540), Image.Resampling.LANCZOS), path)

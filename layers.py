@@ -3,20 +3,15 @@
 Read from top to bottom: the blocks, the two networks (each is an encoder that halves the picture
 and a decoder that doubles it again), the initialisation, folding for prediction, the losses.
 
-    UNet           Ronneberger, Fischer, Brox: "U-Net: Convolutional Networks for Biomedical Image
-                   Segmentation", 2015, https://arxiv.org/abs/1505.04597, figure 1
-    ResNet34UNet   He, Zhang, Ren, Sun: "Deep Residual Learning for Image Recognition", 2015,
-                   https://arxiv.org/abs/1512.03385, figure 3 and table 1, as the encoder of a U-Net
-
 Shapes in the comments are (batch, channels, height, width) for an input of (B, 3, H, W), width 64.
 """
 import copy
 import math
-from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------- blocks
@@ -55,9 +50,8 @@ class DoubleConv(nn.Sequential):
     """Two 3×3 ConvBNReLU in a row, the working part of every level of a U-Net."""
 
     def __init__(self, in_channels, out_channels):
-        super().__init__(
-            ConvBNReLU(in_channels, out_channels), ConvBNReLU(out_channels, out_channels)
-        )
+        super().__init__(ConvBNReLU(in_channels, out_channels),
+                         ConvBNReLU(out_channels, out_channels))
 
 
 class BasicBlock(nn.Module):
@@ -70,9 +64,8 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.conv1 = ConvBNReLU(in_channels, out_channels, stride=stride)
         self.conv2 = ConvBN(out_channels, out_channels)
-        self.shortcut = nn.Identity()
-        if stride != 1 or in_channels != out_channels:
-            self.shortcut = ConvBN(in_channels, out_channels, kernel=1, stride=stride)
+        same = stride == 1 and in_channels == out_channels
+        self.shortcut = nn.Identity() if same else ConvBN(in_channels, out_channels, 1, stride)
 
     def forward(self, x):
         residual = self.conv2(self.conv1(x))
@@ -113,7 +106,7 @@ class TransposedConv(nn.ConvTranspose2d):
 
 
 class UpConcat(nn.Module):
-    """One step of a decoder: double the size, put the encoder's `skip` beside it, DoubleConv.
+    """One step of a decoder: double the size, put the encoder's `skip` beside it, convolve twice.
 
     `up` is "transpose" (a learned 2×2 convolution backwards) or "bilinear" (no parameters).
     """
@@ -177,41 +170,30 @@ class EncoderDecoder(nn.Module):
 
     def run(self, stage, *inputs):
         """The output of a stage. With `recompute` nothing inside it is kept: the backward pass runs
-        it a second time, in which the batch norms' running statistics stand still."""
+        it a second time, on a copy of the batch norms' statistics, so that they move only once."""
         if not (self.recompute and self.training):
             return stage(*inputs)
-        norms = [module for module in stage.modules() if isinstance(module, BatchNorm)]
-
-        @contextmanager
-        def second_time():
-            momenta = [norm.momentum for norm in norms]
-            for norm in norms:
-                norm.momentum = 0.0
-            try:
-                yield
-            finally:  # checkpoint leaves by an exception as soon as it has what it needs
-                for norm, momentum in zip(norms, momenta):
-                    norm.momentum = momentum
-
-        return checkpoint(stage, *inputs, use_reentrant=False, preserve_rng_state=False,
-                          context_fn=lambda: (nullcontext(), second_time()))
+        statistics = [{name: each.clone() for name, each in stage.named_buffers()}, {}]
+        return checkpoint(lambda *again: functional_call(stage, statistics.pop(), again), *inputs,
+                          use_reentrant=False, preserve_rng_state=False)
 
 
 class UNet(EncoderDecoder):
     """U-Net with five levels, 64-128-256-512-1024 channels at width 64: 31,037,633 parameters.
 
-    Two changes to the paper (https://arxiv.org/abs/1505.04597): batch norm after each convolution,
-    where it has none, and padding 1, where it crops, so that output and input are of one size.
+    Two changes to the paper (Ronneberger, Fischer, Brox 2015, https://arxiv.org/abs/1505.04597,
+    figure 1): batch norm after each convolution, where it has none, and padding 1, where it crops,
+    so that output and input are of one size.
     """
 
     def __init__(self, in_channels=3, classes=1, width=64, up="transpose", dropout=0.0):
         c1, c2, c3, c4, c5 = (width * 2**level for level in range(5))
         encoder = [
             DoubleConv(in_channels, c1),                             # (B,   64, H,    W)
-            nn.Sequential(MaxPool(2), DoubleConv(c1, c2)),      # (B,  128, H/2,  W/2)
-            nn.Sequential(MaxPool(2), DoubleConv(c2, c3)),      # (B,  256, H/4,  W/4)
-            nn.Sequential(MaxPool(2), DoubleConv(c3, c4)),      # (B,  512, H/8,  W/8)
-            nn.Sequential(MaxPool(2), DoubleConv(c4, c5)),      # (B, 1024, H/16, W/16)
+            nn.Sequential(MaxPool(2), DoubleConv(c1, c2)),           # (B,  128, H/2,  W/2)
+            nn.Sequential(MaxPool(2), DoubleConv(c2, c3)),           # (B,  256, H/4,  W/4)
+            nn.Sequential(MaxPool(2), DoubleConv(c3, c4)),           # (B,  512, H/8,  W/8)
+            nn.Sequential(MaxPool(2), DoubleConv(c4, c5)),           # (B, 1024, H/16, W/16)
         ]
         decoder = [
             UpConcat(c5, c4, c4, up),                                # (B,  512, H/8,  W/8)
@@ -231,8 +213,9 @@ def residual_stage(in_channels, out_channels, blocks, stride):
 class ResNet34UNet(EncoderDecoder):
     """The convolutions of ResNet-34 (21,284,672 parameters at width 64) under a U-Net's decoder.
 
-    The encoder is the paper's (https://arxiv.org/abs/1512.03385) to the last detail, less its
-    average pool and classifier; the decoder's last doubling has no skip, for none is that large.
+    The encoder is that of He, Zhang, Ren, Sun 2015 (https://arxiv.org/abs/1512.03385, figure 3 and
+    table 1) to the last detail, less its average pool and classifier; the decoder's last doubling
+    has no skip, for none is that large.
     """
 
     def __init__(self, in_channels=3, classes=1, width=64, up="transpose", dropout=0.0):
@@ -267,11 +250,10 @@ def initialise(network):
     norm of a residual block starts at zero, so that each block starts as the identity
     (https://arxiv.org/abs/1706.02677, section 5.1)."""
     for module in reversed(list(network.modules())):  # what is inside before what is around it
-        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-            inputs = module.in_channels * math.prod(module.kernel_size)
-            if isinstance(module, nn.ConvTranspose2d):
-                inputs //= math.prod(module.stride)  # 2×2 with stride 2: one tap for each output
-            nn.init.normal_(module.weight, std=math.sqrt(2 / inputs))
+        if isinstance(module, (nn.Conv2d, TransposedConv)):
+            # an output of a transposed convolution has one tap of each channel
+            taps = 1 if isinstance(module, TransposedConv) else math.prod(module.kernel_size)
+            nn.init.normal_(module.weight, std=math.sqrt(2 / (module.in_channels * taps)))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, UpConcat):  # two convolutions add up to one output
@@ -304,12 +286,7 @@ MODELS = {"unet": UNet, "resnet34_unet": ResNet34UNet}
 # is not to count. C = 1 means two classes by one logit: the sigmoid of z is the probability of 1.
 
 
-def probabilities(logits):
-    """(B, C, H, W) logits to probabilities: sigmoid for one class, softmax for several."""
-    return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(dim=1)
-
-
-def within(logits):
+def finite(logits):
     """Logits in fp32, infinite ones made finite: inf − inf would be nan."""
     return logits.float().clamp(-1e5, 1e5)
 
@@ -320,7 +297,7 @@ def bce_loss(logits, target, ignore=255):
     One class: −y log σ(z) − (1 − y) log(1 − σ(z)) = log(1 + exp((1 − 2y) z)), y in {0, 1}.
     Several:   log Σ_c exp(z_c) − z_y. Neither form overflows, however large a logit is.
     """
-    logits, counts = within(logits), target != ignore
+    logits, counts = finite(logits), target != ignore
     if logits.shape[1] == 1:
         loss = F.softplus((1 - 2 * (target == 1).float()) * logits[:, 0])
     else:
@@ -335,7 +312,8 @@ def dice_loss(logits, target, ignore=255, smooth=1.0):
     Dice = (2 Σ p y + s) / (Σ p + Σ y + s), summed over an image's pixels that count;
     s = 1 makes an empty prediction of an empty mask right, and the gradient there finite.
     """
-    p = probabilities(within(logits))
+    logits = finite(logits)
+    p = logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(dim=1)
     first = 1 if p.shape[1] == 1 else 0  # with one logit the background has no channel of its own
     classes = torch.arange(first, first + p.shape[1], device=p.device).view(1, -1, 1, 1)
     y = target.unsqueeze(1) == classes                               # (B, C, H, W)

@@ -41,140 +41,129 @@ def number(kind, low, high=1e30):
 
 CHANGES = {"flip": (0, 1), "vflip": (0, 1), "rotate": (0, 180), "zoom": (1, 10), "shift": (0, 1),
            "brightness": (0, 1), "contrast": (0, 1), "saturation": (0, 1)}  # of --augment, bounds
+AUGMENT = {"none": {}, "flip": {"flip": 0.5},
+           "full": {"flip": 0.5, "rotate": 20, "zoom": 1.4, "shift": 0.1,
+                    "brightness": 0.3, "contrast": 0.3, "saturation": 1.0}}
 
 
 def changes(text):
-    """What --augment may be: a set that has a name, or strengths as in rotate=15,flip=0.5."""
-    for part in text.split(",") if text not in ("none", "flip", "full") else ():
+    """--augment as {change: strength}: a set that has a name, or as in rotate=15,flip=0.5."""
+    found = {}
+    for part in text.split(",") if text not in AUGMENT else ():
         name, _, value = part.partition("=")
         if name not in CHANGES:
-            raise argparse.ArgumentTypeError(f"expected none, flip, full, or some of "
+            raise argparse.ArgumentTypeError(f"expected {', '.join(AUGMENT)}, or some of "
                                              f"{', '.join(CHANGES)} as in rotate=15,flip=0.5, not "
                                              f"{text!r}")
-        number(float, *CHANGES[name])(value)
-    return text
+        found[name] = number(float, *CHANGES[name])(value)
+    return AUGMENT.get(text, found)
 
 
-positive, side = number(int, 1, 2**31), number(int, 32, 2**15)
-fraction, seed = number(float, 0, 1), number(int, 0, 2**63 - 1)
+POSITIVE, SIDE, SEED = number(int, 1, 2**31), number(int, 32, 2**15), number(int, 0, 2**63 - 1)
+SHARE, AMOUNT = number(float, 0, 1), number(float, 0)
 MODELS = ("unet", "resnet34_unet")
 WEIGHTS = Path(__file__).with_name("weights") / "unet.pt"  # they come with the program
 PETS_URL = "https://www.robots.ox.ac.uk/~vgg/data/pets/data/"
-# The options of a run: name, default (None: it depends on machine and data, see `settings`), what
-# is allowed, and help. To add one, add a line and read run.NAME where it matters.
-OPTIONS = (
-    ("data", "auto", str, "auto (the pets, or else the toys), pets, toy, or a folder"),
-    ("root", "data", str, "where data is kept"),
-    ("epochs", None, positive, "times through the training pictures: 20, for the toys 16 or 20"),
-    ("batch", None, positive, "pictures at a time: 16, or 32 on a GPU"),
-    ("size", None, side, "side in pixels: 128, or 256 on a GPU"),
-    ("width", None, positive, "channels of the first level: 64 on a GPU, else 16 (unet) or 32"),
-    ("up", "transpose", ("transpose", "bilinear"), "how the decoder doubles the size"),
-    ("dropout", 0.0, fraction, "at the bottom of the U"),
-    ("loss", "bce_dice", ("bce_dice", "bce", "dice"), "the loss function"),
-    ("optimizer", "muon", ("muon", "adamw", "adam"), "the optimizer"),
-    ("lr", None, number(float, 0), "the learning rate's peak: 0.02 for muon, else 0.004"),
-    ("weight-decay", 0.01, number(float, 0), "of adamw"),
-    ("schedule", "cosine", ("cosine", "constant", "plateau", "exponential", "inverse_sqrt"),
-     "of the learning rate"),
-    ("warmup", 0.15, fraction, "share of the run that warms up, for cosine and inverse_sqrt"),
-    ("gamma", 0.99, fraction, "factor an epoch, for exponential"),
-    ("clip", 1.0, number(float, 0), "largest norm of the gradient, 0 for no limit"),
-    ("accumulate", 1, positive, "batches that make up one step"),
-    ("ema", 0.99, fraction, "how much the weights' moving average keeps at a step, 0 for none"),
-    ("augment", None, changes, "random changes: full (for the toys flip), none, or strengths as "
-     "in rotate=15,flip=0.5"),
-    ("augment-prob", 1.0, fraction, "share of the pictures that is changed"),
-    ("grow", 0.85, fraction, "share of the epochs with smaller pictures, which train faster"),
-    ("repeat", 1, positive, "times a picture appears in an epoch"),
-    ("border", "foreground", ("foreground", "background", "ignore", "random"),
-     "what the trimap's border is while training"),
-    ("compile", False, bool, "use torch.compile"),
-    ("recompute", False, bool, "keep less for the backward pass: less memory, a quarter more time"),
-    ("precision", "auto", ("auto", "bf16", "fp32"), "auto: bfloat16 where the hardware has it"),
-    ("seed", 0, seed, "of every random draw"),
-    ("save-every", 0, number(int, 0), "also keep a numbered checkpoint every so many epochs"),
-)
+# Every option: its default, what is allowed, and help. First those of a run, which are kept in its
+# folder; a default of None depends on machine and data, see `settings`. To add one, add a line and
+# read run.NAME where it matters.
+OPTIONS = {
+    "data": ("auto", str, "auto (the pets, or else the toys), pets, toy, or a folder"),
+    "root": ("data", str, "where data is kept"),
+    "epochs": (None, POSITIVE, "times through the training pictures: 20, for the toys 16 or 20"),
+    "batch": (None, POSITIVE, "pictures at a time: 16, or 32 on a GPU"),
+    "size": (None, SIDE, "side in pixels: 128, or 256 on a GPU"),
+    "width": (None, POSITIVE, "channels of the first level: 64 on a GPU, else 16 (unet) or 32"),
+    "up": ("transpose", ("transpose", "bilinear"), "how the decoder doubles the size"),
+    "dropout": (0.0, SHARE, "at the bottom of the U"),
+    "loss": ("bce_dice", ("bce_dice", "bce", "dice"), "the loss function"),
+    "optimizer": ("muon", ("muon", "adamw", "adam"), "the optimizer"),
+    "lr": (None, AMOUNT, "the learning rate's peak: 0.02 for muon, else 0.004"),
+    "weight_decay": (0.01, AMOUNT, "of adamw"),
+    "schedule": ("cosine", ("cosine", "constant", "plateau", "exponential", "inverse_sqrt"),
+                 "of the learning rate"),
+    "warmup": (0.15, SHARE, "share of the run that warms up, for cosine and inverse_sqrt"),
+    "gamma": (0.99, SHARE, "factor an epoch, for exponential"),
+    "clip": (1.0, AMOUNT, "largest norm of the gradient, 0 for no limit"),
+    "accumulate": (1, POSITIVE, "batches that make up one step"),
+    "ema": (0.99, SHARE, "how much the weights' moving average keeps at a step, 0 for none"),
+    "augment": (None, changes, "random changes: full (for the toys flip), none, or strengths as in "
+                "rotate=15,flip=0.5"),
+    "augment_prob": (1.0, SHARE, "share of the pictures that is changed"),
+    "grow": (0.85, SHARE, "share of the epochs with smaller pictures, which train faster"),
+    "repeat": (1, POSITIVE, "times a picture appears in an epoch"),
+    "border": ("foreground", ("foreground", "background", "ignore", "random"),
+               "what the trimap's border is while training"),
+    "compile": (False, bool, "use torch.compile"),
+    "recompute": (False, bool, "keep less for the backward pass: less memory, a quarter more time"),
+    "precision": ("auto", ("auto", "bf16", "fp32"), "auto: bfloat16 where the hardware has it"),
+    "seed": (0, SEED, "of every random draw"),
+    "save_every": (0, number(int, 0), "also keep a numbered checkpoint every so many epochs"),
+}
+OTHERS = {
+    "json": (False, bool, "end with the result as one JSON object"),
+    "resume": (None, str, "go on with the run in this folder; of the other options only --epochs, "
+               "--device, --save-every, --data and --root may then change"),
+    "out": (None, str, "where the results go"),
+    "ckpt": (WEIGHTS, Path, "the best.pt of a run"),
+    "threshold": (0.5, SHARE, "probability that makes a pet"),
+    "tta": (False, bool, "average with the mirrored picture"),
+    "device": ("auto", ("auto", "cpu", "cuda", "mps"), "what computes"),
+    "url": (PETS_URL, str, "a mirror to download the pets from"),
+    "split": ("test", ("train", "valid", "test"), "the pictures that are scored"),
+    "save": (None, str, "some of mask,overlay,cutout,panel"),
+    "trainval": (400, POSITIVE, "toys to train with"),
+    "test": (100, POSITIVE, "toys to test with"),
+    "rounds": (3, POSITIVE, "measurements of each way, of which the median"),
+    "layers": (False, bool, "instead: each layer's time, and how near its limit"),
+    "memory": (None, AMOUNT, "instead: the largest batch in so many GB"),
+    "grid": (False, bool, "instead: images/s over batch sizes and sides"),
+    "growth": (False, bool, "instead: images/s from ten times as much data"),
+    "only": (None, str, argparse.SUPPRESS),
+}
 
 
 def command_line():
-    """All that can be typed. An option of `train` that is not typed is absent, not at its default,
-    so that a resumed run can tell what is asked of it."""
+    """All that can be typed. An option of a run that is not typed is None, unless its command has a
+    default of its own: so a resumed run can tell what is asked of it."""
     parser = Parser(prog="petseg.py", description="Segments pets from photos, pixel by pixel.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name, text, *parts):
+    def command(name, text, *options, **defaults):
         sub = commands.add_parser(name, help=text, description=text)
-        add = sub.add_argument
-        add("--json", action="store_true", help="end with the result as one JSON object")
-        if "network" in parts:
-            add("--ckpt", default=WEIGHTS, help="the best.pt of a run (weights/unet.pt)")
-            add("--threshold", type=fraction, default=0.5, help="probability that makes a pet")
-            add("--tta", action="store_true", help="average with the mirrored picture")
-        if "device" in parts:
-            add("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-        if "precision" in parts:
-            add("--precision", choices=("auto", "bf16", "fp32"), default="auto")
-        if "data" in parts:
-            bench = name == "bench"
-            add("--data", help=OPTIONS[0][3], default="toy" if bench else None)
-            add("--root", help=OPTIONS[1][3], default="data" if bench else None)
-        if "data" in parts or "url" in parts:
-            add("--url", default=PETS_URL, help="a mirror to download the pets from")
-        return add
+        for option in ("json", *options):
+            usual, kind, what = OPTIONS.get(option) or OTHERS[option]
+            default = defaults.get(option, None if option in OPTIONS else usual)
+            shown = default or (usual if name == "train" else None)
+            how = {"action": "store_true"} if kind is bool else (
+                {"choices": kind} if isinstance(kind, tuple) else {"type": kind})
+            what += f" ({shown})" if shown and kind is not bool else ""
+            sub.add_argument(f"--{option.replace('_', '-')}", default=default, help=what, **how)
+        return sub.add_argument
 
+    source = ("data", "root", "url")
+    network = ("ckpt", "threshold", "tta", "device", "precision", *source)
     add = command("train", "train from scratch, score the test split, draw the curves",
-                  "device", "url")
+                  "resume", "out", "device", "url", *OPTIONS, out="runs")
     add("model", nargs="?", choices=MODELS)
-    add("--resume", metavar="RUN", help="go on with the run in this folder; of the other options "
-        "only --epochs, --device, --save-every, --data and --root may then change")
-    add("--out", default="runs", help="where the run's folder is made")
-    for name, default, kind, text in OPTIONS:
-        how = {"action": "store_true"} if kind is bool else (
-            {"choices": kind} if isinstance(kind, tuple) else {"type": kind})
-        note = "" if default is None or kind is bool else f" ({default})"
-        add(f"--{name}", default=argparse.SUPPRESS, help=text + note, **how)
-
-    add = command("eval", "score a split; a table by breed; the worst images in one picture",
-                  "network", "device", "precision", "data")
-    add("--split", choices=("train", "valid", "test"), default="test")
-    add("--out", default="evaluation", help="the folder of the results")
-
+    command("eval", "score a split; a table by breed; the worst images in one picture",
+            *network, "split", "out", out="evaluation")
     add = command("infer", "masks, overlays, cut-outs of pictures, or of the test split",
-                  "network", "device", "precision", "data")
+                  *network, "save", "out", out="predictions")
     add("pictures", nargs="*", metavar="IMAGE|FOLDER")
-    add("--save", help="some of mask,overlay,cutout,panel")
-    add("--out", default="predictions", help="the folder of the results")
-
-    add = command("compare", "the curves of several runs in one picture, and a table")
+    add = command("compare", "the curves of several runs in one picture, and a table",
+                  "out", out="compare.png")
     add("runs", nargs="+", metavar="RUN")
-    add("--out", default="compare.png", help="the picture")
-
-    add = command("data", "fetch, verify, or draw the data", "data")
+    add = command("data", "fetch, verify, or draw the data",
+                  *source, "trainval", "test", "seed", root="data", seed=0)
     add("action", nargs="?", choices=("get", "check", "toy"), default="check")
-    add("--trainval", type=positive, default=400, help="toys to train with")
-    add("--test", type=positive, default=100, help="toys to test with")
-    add("--seed", type=seed, default=0, help="of the toys")
-
-    add = command("summary", "a table of layers: shape, parameters, multiply-adds")
+    add = command("summary", "a table of layers: shape, parameters, multiply-adds",
+                  "size", "width", "up", size=256, width=64, up="transpose")
     add("model", choices=MODELS)
-    add("--size", type=side, default=256)
-    add("--width", type=positive, default=64)
-    add("--up", choices=("transpose", "bilinear"), default="transpose")
-
     add = command("bench", "images per second and peak memory: the plain loop and this one",
-                  "device", "precision", "data")
+                  *source, "device", "precision", "size", "width", "batch", "recompute", "rounds",
+                  "layers", "memory", "grid", "growth", "only", data="toy")
     add("model", choices=MODELS)
-    add("--size", type=side, help="by default as in training, like the next two")
-    add("--width", type=positive)
-    add("--batch", type=positive)
-    add("--rounds", type=positive, default=3, help="measurements of each way, of which the median")
-    add("--recompute", action="store_true", help="with less memory, as in training")
-    add("--layers", action="store_true", help="instead: each layer's time, and how near its limit")
-    add("--memory", type=number(float, 0), metavar="GB", help="instead: the largest batch in it")
-    add("--grid", action="store_true", help="instead: images/s over batch sizes and sides")
-    add("--growth", action="store_true", help="instead: images/s from ten times as much data")
-    add("--only", help=argparse.SUPPRESS)
     return parser
 
 
@@ -200,7 +189,6 @@ import threading
 import time
 import zipfile
 from datetime import datetime
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -322,8 +310,8 @@ def scores(counts):
 def side_of_epoch(run, epoch):
     """The side of the training pictures: half of it in the first two thirds of the share `grow` of
     the epochs, three quarters in the last third, then all of it, in the last epoch at the latest.
-    The valid pictures always have their full side. For as many pixels as three epochs have, UNet has
-    a valid Dice of 0.891 on the pets with it, 0.873 without (two seeds)."""
+    Valid pictures always have their full side. For as many pixels as three epochs have, UNet has a
+    valid Dice of 0.891 on the pets with it, 0.873 without (two seeds)."""
     done = epoch / run.epochs
     part = 1 if done > run.grow or epoch == run.epochs else 0.75 if done > run.grow * 2 / 3 else 0.5
     return max(32, 16 * round(run.size * part / 16)) if part < 1 else run.size
@@ -412,7 +400,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, weights, momentum=0.95):
-        super().__init__(weights, {"lr": 0.0, "turn": 0})
+        super().__init__(weights, {"lr": 0.0, "turn": 0})  # what state_dict is to carry
         self.momentum = momentum
 
     @torch.no_grad()
@@ -474,7 +462,7 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def pick_precision(name, device):
     """"bf16" or "fp32"; by itself bfloat16 where the hardware multiplies it faster."""
-    if name != "auto":
+    if name in PRECISIONS:
         return name
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability()[0] >= 8
@@ -513,15 +501,6 @@ def open_split(folder, split, side, root):
     return found
 
 
-class Segmenter(NamedTuple):
-    """A network made for prediction (`prepare`) with all that it takes to use it."""
-    network: torch.nn.Module
-    about: dict        # architecture, size, normalisation: what best.pt says beside the weights
-    device: torch.device
-    threshold: float = 0.5
-    tta: bool = False
-
-
 def build(about):
     """The network that settings or a checkpoint describe, in channels-last memory."""
     network = layers.MODELS[about["model"]](width=about["width"], up=about["up"],
@@ -529,10 +508,15 @@ def build(about):
     return network.to(memory_format=torch.channels_last)
 
 
-def prepare(network, about, device, precision, threshold=0.5, tta=False):
-    """A Segmenter of a copy of the network; what happens to the network later does not touch it."""
-    # 3% faster than batch norms of their own and autocast, a single photo 10%
-    return Segmenter(layers.folded(network, PRECISIONS[precision]), about, device, threshold, tta)
+class Segmenter:
+    """A copy of a network made for prediction, with all that it takes to use it; what happens to
+    the network later does not touch it. `about` is what best.pt says beside the weights."""
+
+    def __init__(self, network, about, precision, threshold=0.5, tta=False):
+        self.device = network.head.weight.device
+        # 3% faster than batch norms of their own and autocast, a single photo 10%
+        self.network = layers.folded(network, PRECISIONS[precision])
+        self.about, self.threshold, self.tta = about, threshold, tta
 
 
 @torch.inference_mode()
@@ -559,7 +543,7 @@ def score_split(segmenter, split, batch=32, loss="bce_dice"):
     return float(total) / len(split.names), torch.cat(counts).cpu()
 
 
-def draw_samples(path, segmenter, split, chosen, side=160):
+def draw_samples(path, segmenter, split, chosen):
     """A gallery of photo | truth | prediction of the `chosen` pictures of a split."""
     images, labels = data.load(split, chosen, segmenter.device)
     masks = predict(segmenter, images)[:, 0].sigmoid() >= segmenter.threshold
@@ -567,7 +551,7 @@ def draw_samples(path, segmenter, split, chosen, side=160):
     dice = dice_and_iou(confusion(masks, target))[0].tolist()
     truths, masks = (target == 1).cpu().numpy(), masks.cpu().numpy()
     panels = [data.panel(data.picture(split.images[i]), truths[k], masks[k],
-                         f"{split.names[i]}  Dice {dice[k]:.3f}", side)
+                         f"{split.names[i]}  Dice {dice[k]:.3f}", side=160)
               for k, i in enumerate(chosen)]
     data.save_picture(data.gallery(panels), path)
 
@@ -580,30 +564,32 @@ def write_checkpoint(content, path):
     by way of memory because torch.save would hide a full disk behind an error of its own."""
     memory = io.BytesIO()
     torch.save(content, memory)
-    with data.whole_file(path, sync=True) as file:
-        file.write(memory.getbuffer())
+    data.write(path, memory.getbuffer(), sync=True)
 
 
-def read_checkpoint(path, kind, device="cpu"):
+def save_network(path, network, about, made):
+    """What it takes to use a network, in half precision, and how it was made and did."""
+    weights = {name: value.half() if value.is_floating_point() else value
+               for name, value in network.state_dict().items()}
+    write_checkpoint({**about, "weights": weights, "trained": made}, path)
+
+
+def read_checkpoint(path, kind, device):
     """Reads a checkpoint of the `kind` "network" (best.pt) or "training" (last.pt)."""
-    path = Path(path)
-    if not path.is_file():
-        raise Problem(f"there is no checkpoint {path}" + (" (a folder; name the .pt file in it)"
-                                                          if path.is_dir() else ""))
+    content, name = None, {"network": "best.pt", "training": "last.pt"}[kind]
+    if not Path(path).is_file():
+        raise Problem(f"there is no checkpoint {path}; name the {name} of a run")
     try:
-        if not zipfile.is_zipfile(path):
-            raise zipfile.BadZipFile("torch.load would try older formats")
-        content = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:
-        # torch's own words are left out: they tell how to read a file that may hold code
-        raise Problem(f"{path} is damaged, or no checkpoint of petseg") from error
+        if zipfile.is_zipfile(path):  # of anything else torch.load would try older formats
+            content = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError):
+        pass  # torch's own words are left out: they tell how to read a file that may hold code
     if not isinstance(content, dict) or content.get("petseg") != kind:
-        name = {"network": "best.pt", "training": "last.pt"}[kind]
-        raise Problem(f"{path} is not what this needs, the {name} of a petseg run")
+        raise Problem(f"{path} is damaged, or is not what this needs, the {name} of a petseg run")
     return content
 
 
-def load_segmenter(path, device="auto", precision="auto", threshold=0.5, tta=False):
+def load_segmenter(path, device, precision, threshold=0.5, tta=False):
     """The network of a best.pt, ready to predict."""
     device = pick_device(device)
     settle_memory(device)
@@ -613,7 +599,7 @@ def load_segmenter(path, device="auto", precision="auto", threshold=0.5, tta=Fal
         network.load_state_dict(about.pop("weights"))
     except RuntimeError as error:
         raise Problem(f"the weights in {path} do not fit the network that it describes") from error
-    return prepare(network, about, device, pick_precision(precision, device), threshold, tta)
+    return Segmenter(network, about, pick_precision(precision, device), threshold, tta)
 
 
 # ------------------------------------------------------------------------------------------ train
@@ -621,51 +607,72 @@ def load_segmenter(path, device="auto", precision="auto", threshold=0.5, tta=Fal
 MAY_CHANGE = ("epochs", "save_every", "data", "root")  # by `--resume`, beside the device
 
 
-def settings(model, device, toy, given):
-    """Every option of a run: what was given, else the default that fits machine and data."""
-    run = {name.replace("-", "_"): default for name, default, _, _ in OPTIONS}
+def typed(args):
+    """The network and the options of a run that were typed."""
+    return {name: value for name, value in vars(args).items()
+            if name in ("model", *OPTIONS) and value is not None}
+
+
+def settings(args, device, toy):
+    """Every option of a run: what was typed, else the default that fits machine and data."""
+    run = {"model": args.model, **{name: default for name, (default, *_) in OPTIONS.items()}}
     if device.type == "cpu":
-        run |= {"size": 128, "batch": 16, "width": 16 if model == "unet" else 32}
+        run |= {"size": 128, "batch": 16, "width": 16 if args.model == "unet" else 32}
     else:
         run |= {"size": 256, "batch": 32, "width": 64}
     # the few hundred steps that the toys take gain most from pictures that vary less: test Dice of
     # UNet after 16 epochs 0.962 with flips alone, 0.941 with everything (by AdamW, a run each)
-    run |= {"epochs": 16 if model == "unet" else 20, "augment": "flip"} if toy else {
-        "epochs": 20, "augment": "full"}
-    run |= given
+    run |= {"epochs": 16 if args.model == "unet" else 20, "augment": AUGMENT["flip"]} if toy else {
+        "epochs": 20, "augment": AUGMENT["full"]}
+    run |= typed(args)
     if run["lr"] is None:
         run["lr"] = 0.02 if run["optimizer"] == "muon" else 0.004
-    return {"model": model, **run}
+    run["precision"] = pick_precision(run["precision"], device)
+    return argparse.Namespace(**run)
 
 
 def start_or_resume(args, device):
     """Returns the run's folder, its settings, and its last checkpoint (None at the start)."""
-    names = [name.replace("-", "_") for name, *_ in OPTIONS]
-    given = {name: value for name, value in vars(args).items() if name in names}
     if args.resume:
         folder = Path(args.resume)
         folder = folder.parent if folder.name == "last.pt" else folder
         state = read_checkpoint(folder / "last.pt", "training", device)
         run = state["settings"]
-        for name, value in {**given, "model": args.model or run["model"]}.items():
-            if name not in MAY_CHANGE and value not in (run[name], "auto"):
+        for name, value in typed(args).items():
+            if name in MAY_CHANGE:
+                run[name] = value
+            elif value not in (run[name], "auto"):
                 raise Problem(f"the run was begun with {name.replace('_', '-')} {run[name]}, not "
                               f"{value}; a resumed run keeps it; without --resume a new one starts")
-        run |= {name: given[name] for name in MAY_CHANGE if name in given}
         return folder, argparse.Namespace(**run), state
     if not args.model:
         raise Problem("say which network to train: petseg.py train unet, or train resnet34_unet")
-    asked = given.get("data", "auto")
-    name, _ = find_data(asked, given.get("root", "data"), args.url)
-    run = {**settings(args.model, device, name == "toy", given),
-           "data": name if asked == "auto" else asked,
-           "precision": pick_precision(given.get("precision", "auto"), device),
-           "command": shlex.join(["petseg.py", *sys.argv[1:]])}
-    if run["compile"] and run["recompute"]:
+    if args.compile and args.recompute:
         raise Problem("--compile and --recompute do not go together; leave one of them out")
+    name, _ = find_data(args.data or "auto", args.root or "data", args.url)
+    run = settings(args, device, toy=name == "toy")
+    run.data = name if run.data == "auto" else run.data
+    run.command = shlex.join(["petseg.py", *sys.argv[1:]])
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = Path(args.out) / f"{name}-{args.model}-{stamp}-{os.urandom(2).hex()}"
-    return folder, argparse.Namespace(**run), None
+    return Path(args.out) / f"{name}-{run.model}-{stamp}-{os.urandom(2).hex()}", run, None
+
+
+def describe(run, device):
+    """How a run is made: every option as resolved, and what it runs on."""
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
+                                capture_output=True).stdout.strip()
+    except FileNotFoundError:  # no git on this machine
+        commit = ""
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    else:
+        cpu = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+        names = re.findall(r"model name\s*: (.*)", cpu) or [platform.processor()]
+        machine = f"{names[0]}, {torch.get_num_threads()} threads"
+    return {**vars(run), "device": str(device), "machine": machine, "commit": commit or None,
+            "system": platform.platform(), "python": platform.python_version(),
+            "torch": str(torch.__version__)}
 
 
 def make_optimizers(run, network):
@@ -678,7 +685,7 @@ def make_optimizers(run, network):
     # Muon is for matrices between layers: not for the head, biases, scales of batch norms
     inner = [*network.encoder.parameters(), *network.decoder.parameters()]
     matrices = [weight for weight in inner if weight.dim() == 4]
-    others = [p for p in network.parameters() if not any(p is weight for weight in matrices)]
+    others = [weight for weight in inner if weight.dim() != 4] + [*network.head.parameters()]
     return [Muon(matrices), torch.optim.AdamW([{"params": others, "share": 0.3}], fused=True,
                                               betas=(0.9, 0.99), weight_decay=0.0)]
 
@@ -692,9 +699,9 @@ def train_step(run, network, optimizers, split, group, epoch, step):
     for part, index in enumerate(group.split(run.batch)):
         random = data.generator("augment", run.seed, epoch, step, part)
         images, labels = data.load(split, index, device)
-        if run.augment != "none" or side != run.size:
+        if run.augment or side != run.size:
             images, labels = data.augment(images, labels, random, (side, side), run.augment_prob,
-                                          **data.strengths(run.augment))
+                                          **run.augment)
         target = data.targets(labels, run.border, random)
         with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16"):
             logits = network(data.normalise(images))
@@ -716,10 +723,31 @@ def follow(average, network, keep, steps):
     keeps the share `keep` of itself, less while there is little to remember."""
     keep = min(keep, (1 + steps) / (10 + steps))
     for mean, value in zip(average.state_dict().values(), network.state_dict().values()):
-        if mean.is_floating_point():
+        if mean.is_floating_point():  # not the counter of a batch norm, which nothing reads
             mean.lerp_(value, 1 - keep)
-        else:
-            mean.copy_(value)
+
+
+def score_and_draw(segmenter, split, gallery):
+    """The confusion of each image of a split, and a picture of the twelve worst."""
+    _, counts = score_split(segmenter, split)
+    worst = dice_and_iou(counts)[0].argsort(stable=True)[:12]
+    draw_samples(gallery, segmenter, split, worst.numpy())
+    return counts
+
+
+def finish(args, folder, run, history, source):
+    """Scores the test split (valid, where there is none) with best.pt as a user will load it."""
+    segmenter = load_segmenter(folder / "best.pt", args.device, run.precision)
+    name = data.splits(source)[-1]
+    split = open_split(source, name, run.size, run.root)
+    found = scores(score_and_draw(segmenter, split, folder / "worst.png"))
+    trained = segmenter.about["trained"]
+    result = {"run": str(folder), "split": name, "epoch": trained["epoch"],
+              "valid_dice": trained["valid_dice"],
+              "seconds": sum(row["seconds"] for row in history), **found}
+    data.write_json(folder / f"{name}.json", result)
+    answer(args, f"{folder}: best epoch {result['epoch']}, valid Dice {result['valid_dice']:.4f}\n"
+           + table([{"split": name, **found}]), result)
 
 
 def train(args):
@@ -763,7 +791,7 @@ def train(args):
             "step": step, "history": history, "sums": sums, "seconds": seconds}, folder / "last.pt")
 
     config = describe(run, device)
-    write_json(folder / "config.json", config)
+    data.write_json(folder / "config.json", config)
     say(f"{'resuming' if state else 'training'} {folder} on {device}\n"
         + ", ".join(f"{name} {value}" for name, value in vars(run).items()))
     images, per_step = len(train_set.names) * run.repeat, run.batch * run.accumulate
@@ -812,7 +840,7 @@ def train(args):
                 line.show(f"epoch {epoch}/{run.epochs}  {side}×{side}  step {step + 1}/{per_epoch}"
                           f"  loss {loss:.4f}  {speed:.0f} images/s  {clock(left)} left")
 
-        segmenter = prepare(average, about, device, run.precision)
+        segmenter = Segmenter(average, about, run.precision)
         valid_loss, counts = score_split(segmenter, valid_set, run.batch, run.loss)
         stop_if_not_finite(valid_loss)
         valid, (train_loss, train_dice, train_iou) = scores(counts), (sums / images).tolist()
@@ -825,13 +853,13 @@ def train(args):
         say(f"epoch {epoch}/{run.epochs}  train loss {train_loss:.4f} Dice {train_dice:.4f}  "
             f"valid loss {valid_loss:.4f} Dice {valid['dice']:.4f}{' *' if best else '  '}  "
             f"{clock(time.monotonic() - began)}, {speed:.0f} images/s")
-        made = {**config, **history[-1], "seconds": sum(row["seconds"] for row in history)}
+        made = {**history[-1], **config, "seconds": sum(row["seconds"] for row in history)}
         # last.pt comes last: killed before it, the epoch is done again and writes the same
         if best:
             save_network(folder / "best.pt", average, about, made)
         if run.save_every and epoch % run.save_every == 0:
             save_network(folder / f"epoch-{epoch}.pt", average, about, made)
-        write_table(folder / "metrics.csv", history, list(history[0]))
+        data.write_table(folder / "metrics.csv", history)
         data.draw_curves(folder / "curves.png", {folder.name: history})
         shown = np.unique(np.linspace(0, len(valid_set.names) - 1, 8).astype(int))
         draw_samples(folder / "samples.png", segmenter, valid_set, shown)
@@ -840,70 +868,6 @@ def train(args):
         save_state()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     finish(args, folder, run, history, source)
-
-
-def save_network(path, network, about, made):
-    """What it takes to use a network, in half precision, and how it was made and did."""
-    weights = {name: value.half() if value.is_floating_point() else value
-               for name, value in network.state_dict().items()}
-    write_checkpoint({**about, "weights": weights, "trained": made}, path)
-
-
-def write_json(path, content):
-    """A small result as a file."""
-    with data.whole_file(path) as file:
-        file.write(json.dumps(content, indent=2).encode())
-
-
-def write_table(path, rows, columns):
-    """Rows (dicts) as a CSV file; a value that a row lacks stays empty."""
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns)
-    writer.writeheader()
-    writer.writerows(rows)
-    with data.whole_file(path) as file:
-        file.write(text.getvalue().encode("utf-8", "surrogateescape"))
-
-
-def describe(run, device):
-    """How a run is made: every option as resolved, and what it runs on."""
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
-                                capture_output=True).stdout.strip()
-    except FileNotFoundError:  # no git on this machine
-        commit = ""
-    if device.type == "cuda":
-        machine = torch.cuda.get_device_name(device)
-    else:
-        cpu = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-        names = re.findall(r"model name\s*: (.*)", cpu) or [platform.processor()]
-        machine = f"{names[0]}, {torch.get_num_threads()} threads"
-    return {**vars(run), "device": str(device), "machine": machine, "commit": commit or None,
-            "system": platform.platform(), "python": platform.python_version(),
-            "torch": str(torch.__version__)}
-
-
-def score_and_draw(segmenter, split, gallery):
-    """The confusion of each image of a split, and a picture of the twelve worst."""
-    _, counts = score_split(segmenter, split)
-    worst = dice_and_iou(counts)[0].argsort(stable=True)[:12]
-    draw_samples(gallery, segmenter, split, worst.numpy())
-    return counts
-
-
-def finish(args, folder, run, history, source):
-    """Scores the test split (valid, where there is none) with best.pt as a user will load it."""
-    segmenter = load_segmenter(folder / "best.pt", args.device, run.precision)
-    name = data.splits(source)[-1]
-    split = open_split(source, name, run.size, run.root)
-    found = scores(score_and_draw(segmenter, split, folder / "worst.png"))
-    trained = segmenter.about["trained"]
-    result = {"run": str(folder), "split": name, "epoch": trained["epoch"],
-              "valid_dice": trained["valid_dice"],
-              "seconds": sum(row["seconds"] for row in history), **found}
-    write_json(folder / f"{name}.json", result)
-    answer(args, f"{folder}: best epoch {result['epoch']}, valid Dice {result['valid_dice']:.4f}\n"
-           + table([{"split": name, **found}]), result)
 
 
 # ------------------------------------------------------------------- eval, infer, compare, data
@@ -927,26 +891,44 @@ def evaluate(args):
     for name, row in zip(split.names, counts):
         breeds.setdefault(name.rpartition("_")[0], []).append(row)
     breeds = {breed: scores(torch.stack(rows)) for breed, rows in breeds.items()}
-    result = {"split": args.split, "checkpoint": str(args.ckpt), **scores(counts), "breeds": breeds,
+    whole = scores(counts)
+    result = {"split": args.split, "checkpoint": str(args.ckpt), **whole, "breeds": breeds,
               "trained": segmenter.about["trained"]}
-    write_json(Path(args.out) / f"{args.split}.json", result)
+    data.write_json(Path(args.out) / f"{args.split}.json", result)
     rows = [{"breed": breed, **breeds[breed]} for breed in
             sorted(breeds, key=lambda breed: breeds[breed]["dice"])]
-    rows.append({"breed": f"all of {args.split}", **scores(counts)})
+    rows.append({"breed": f"all of {args.split}", **whole})
     answer(args, f"{table(rows)}\nthe worst images: {worst}", result)
 
 
-def unique_names(paths):
-    """A name for the outputs of each picture: its own, with a number where it comes again."""
-    taken, names = set(), []
-    for path in paths:
-        name, number = path.stem, 1
-        while name.casefold() in taken:
-            number += 1
-            name = f"{path.stem}-{number}"
-        taken.add(name.casefold())
-        names.append(name)
-    return names
+AGREEMENT = ("dice", "iou", "own_size_dice", "own_size_iou")  # with a truth, where it is known
+
+
+def infer_one(segmenter, kinds, out, path, name):
+    """Segments one picture and writes its results; returns its row of the table."""
+    photo, side, truth = data.read_image(path), segmenter.about["size"], data.find_truth(path)
+    pixels = torch.from_numpy(data.resized(photo, (side, side))[None]).to(segmenter.device)
+    small = predict(segmenter, data.floats(pixels))[0, 0].sigmoid().cpu().numpy()
+    large = data.resized(small, photo.size[::-1])
+    mask, true_mask = large >= segmenter.threshold, None
+    box = data.picture(mask).getbbox() or (None,) * 4
+    row = {"file": str(path), "output": name, "pet_share": float(mask.mean()),
+           **dict(zip(("left", "top", "right", "bottom"), box)),
+           "confidence": float(np.maximum(large, 1 - large).mean()), **dict.fromkeys(AGREEMENT)}
+    if truth:
+        labels = data.read_trimap(truth)
+        if labels.shape != mask.shape:
+            raise Problem(f"{path} and its trimap {truth} are of different sizes")
+        true_mask = labels > 0
+        found = []
+        small_labels = data.resized(labels, small.shape, "NEAREST")
+        for guess, right in ((small >= segmenter.threshold, small_labels > 0), (mask, true_mask)):
+            found += dice_and_iou(confusion(torch.from_numpy(guess)[None],
+                                            torch.from_numpy(right)[None]))
+        row |= zip(AGREEMENT, [float(measure) for measure in found])
+    for kind in kinds:
+        data.save_picture(data.RESULTS[kind](photo, mask, true_mask), out / f"{name}_{kind}.png")
+    return row
 
 
 def infer(args):
@@ -955,43 +937,31 @@ def infer(args):
     out = Path(args.out)
     if args.pictures:
         paths = data.find_pictures(args.pictures)
-        truths = [data.find_truth(path) for path in paths]
     else:
         samples = data.list_samples(choose_data(args, segmenter)[0], "test")
-        paths, truths = [sample.image for sample in samples], [sample.mask for sample in samples]
+        paths = [sample.image for sample in samples]
     kinds = (args.save or ("mask,overlay,cutout" if args.pictures else "panel")).split(",")
     if unknown := set(kinds) - set(data.RESULTS):
         raise Problem(f"--save knows {', '.join(data.RESULTS)}, not {', '.join(unknown)}")
 
-    def work(job):
-        path, truth, name = job
-        try:
-            row = infer_one(segmenter, path, truth, kinds, out / name)
-            return {"file": str(path), "output": name, **row}
-        except Problem as problem:
-            return problem
-
     # each core takes a picture from file to file: 342 photos of 500×375 in 9 s on two cores, start
     # included; one after the other, with both cores on each network pass, 57 took 8 s
     torch.set_num_threads(1)
-    rows, failed, report = [], [], progress("infer")
+    rows, failed, jobs = [], [], list(zip(paths, data.unique_names(paths)))
     try:
-        for found in data.ahead(work, zip(paths, truths, unique_names(paths))):
+        for found in data.ahead(lambda job: infer_one(segmenter, kinds, out, *job), jobs,
+                                progress("infer")):
             if isinstance(found, Problem):
                 failed.append(str(found))
             else:
                 rows.append(found)
-            report(len(rows) + len(failed), len(paths))
     finally:  # after Ctrl-C too the table names what was done
-        write_table(out / "predictions.csv", rows, (
-            "file", "output", "pet_share", "left", "top", "right", "bottom", "confidence",
-            "dice", "iou", "own_size_dice", "own_size_iou"))
+        data.write_table(out / "predictions.csv", rows)
 
     result = {"out": str(out), "images": len(rows), "failed": failed}
     text = f"{len(rows)} pictures: {out}"
-    if known := [row for row in rows if "dice" in row]:
-        for measure in ("dice", "iou", "own_size_dice", "own_size_iou"):
-            result[measure] = sum(row[measure] for row in known) / len(known)
+    if known := [row for row in rows if row["dice"] is not None]:
+        result |= {each: sum(row[each] for row in known) / len(known) for each in AGREEMENT}
         text += (f"\n{len(known)} of known truth: mean Dice {result['dice']:.4f} at the network's "
                  f"size, {result['own_size_dice']:.4f} at their own")
     answer(args, text, result)
@@ -1000,42 +970,16 @@ def infer(args):
                       + "; ".join(failed[:5]))
 
 
-def infer_one(segmenter, path, truth, kinds, output):
-    """Segments one picture and writes its results; returns its row of the table."""
-    photo, side = data.read_image(path), segmenter.about["size"]
-    logits = predict(segmenter, data.pixels(photo, (side, side)).to(segmenter.device))
-    small = logits[0, 0].sigmoid().cpu().numpy()
-    large = data.enlarge(small, photo.size[::-1])
-    mask, answers = large >= segmenter.threshold, None
-    left, top, right, bottom = data.bounding_box(mask)
-    row = {"pet_share": float(mask.mean()), "left": left, "top": top, "right": right,
-           "bottom": bottom, "confidence": float(np.maximum(large, 1 - large).mean())}
-    if truth:
-        answers = data.read_trimap(truth)
-        if answers.shape != mask.shape:
-            raise Problem(f"{path} and its trimap {truth} are of different sizes")
-        for prefix, guess, right_one in (
-                ("", small >= segmenter.threshold, data.shrink(answers, small.shape)),
-                ("own_size_", mask, answers)):
-            dice, iou = dice_and_iou(confusion(torch.from_numpy(guess)[None],
-                                               torch.from_numpy(right_one > 0)[None]))
-            row |= {f"{prefix}dice": dice.item(), f"{prefix}iou": iou.item()}
-    for kind in kinds:
-        picture = data.RESULTS[kind](photo, mask, answers > 0 if truth else None)
-        data.save_picture(picture, f"{output}_{kind}.png")
-    return row
-
-
 def compare(args):
     """Draws the curves of several runs into one picture and prints a table of their results."""
     histories, rows = {}, []
     folders = [Path(folder).resolve() for folder in args.runs]
-    for folder, name in zip(folders, unique_names(folders)):
+    for folder, name in zip(folders, data.unique_names(folders)):
         if not (folder / "metrics.csv").is_file():
             raise Problem(f"{folder} is no run with a finished epoch: it has no metrics.csv")
         with open(folder / "metrics.csv", newline="") as file:
-            history = [{column: float(value) for column, value in row.items()}
-                       for row in csv.DictReader(file)]
+            history = [{**{column: float(value) for column, value in row.items()},
+                        "epoch": int(row["epoch"])} for row in csv.DictReader(file)]
         if not history:
             raise Problem(f"{folder} is no run with a finished epoch: its metrics.csv has no rows")
         config = json.loads((folder / "config.json").read_text())
@@ -1045,7 +989,7 @@ def compare(args):
         rows.append({
             "run": name, "model": config["model"], "width": config["width"],
             "parameters": sum(p.numel() for p in build(config).parameters()),
-            "size": config["size"], "epochs": len(history), "best_epoch": int(best["epoch"]),
+            "size": config["size"], "epochs": len(history), "best_epoch": best["epoch"],
             "valid_dice": best["valid_dice"], "valid_iou": best["valid_iou"],
             "test_dice": json.loads(test.read_text())["dice"] if test.is_file() else None,
             "seconds": sum(row["seconds"] for row in history)})
@@ -1055,7 +999,7 @@ def compare(args):
 
 def manage_data(args):
     """Fetches the pets, draws the toys, or reads all of a data set and says what is wrong in it."""
-    root = args.root or "data"
+    root = args.root
     if args.action == "toy":
         folder = data.make_toys(root, progress("draw toy pets"), args.seed, args.trainval,
                                 args.test)
@@ -1133,7 +1077,7 @@ def plain_way(run, samples, device):
         for i in index:
             image, labels = data.read_pair(samples[i], (run.size, run.size))
             pairs.append(data.augment(tensor(image), torch.tensor(labels)[None],
-                                      data.generator(i), **data.AUGMENT["full"]))
+                                      data.generator(i), **AUGMENT["full"]))
         images, labels = (torch.cat(parts).to(device) for parts in zip(*pairs))
         loss = layers.bce_dice_loss(network(data.normalise(images)), data.targets(labels))
         optimizer.zero_grad()
@@ -1205,7 +1149,7 @@ def own_memory():
     return next((int(line.split()[1]) * 1024 / 1e9 for line in lines if "RssAnon" in line), None)
 
 
-def where_time_goes(run, step, network, optimizers, device, number, steps=12):
+def where_time_goes(run, step, network, optimizers, device, number):
     """Milliseconds of each part of a training step, by clocks put around the functions it calls."""
     spent = dict.fromkeys((*NETWORK_PARTS, "reading", "augmentation"), 0.0)
 
@@ -1226,6 +1170,7 @@ def where_time_goes(run, step, network, optimizers, device, number, steps=12):
     torch.nn.utils.clip_grad_norm_ = clocked("optimizer", torch.nn.utils.clip_grad_norm_)
     for optimizer in optimizers:
         optimizer.step = clocked("optimizer", optimizer.step)
+    steps = 12
     whole = run.batch / pace(step, run, device, number, steps, warm=0)
     parts = {part: seconds / steps for part, seconds in spent.items()}
     parts["metrics and the rest"] = whole - sum(parts.values())
@@ -1251,7 +1196,7 @@ def matrix_rate(device, precision):
 def one_measurement(args, run, device):
     """What `bench` asks of a fresh process."""
     if args.only == "plain":
-        samples = data.list_samples(find_data(args.data, args.root, args.url)[1], "train")
+        samples = data.list_samples(find_data(run.data, run.root, args.url)[1], "train")
         step, guess = plain_way(run, samples, device)
         return {"train": pace(step, run, device, len(samples)),
                 "infer": pace(guess, run, device, len(samples)), "memory": peak_memory(device)}
@@ -1260,11 +1205,11 @@ def one_measurement(args, run, device):
         step, *_ = this_way(run, noise_split(run.batch, run.size), device)
         return {"train": pace(step, run, device, run.batch, steps=2, warm=1),
                 "memory": peak_memory(device)}
-    split = data.onto(open_split(find_data(args.data, args.root, args.url)[1], "train", run.size,
-                                 args.root), device)
+    _, source = find_data(run.data, run.root, args.url)
+    split = data.onto(open_split(source, "train", run.size, run.root), device)
     number = len(split.names)
     step, network, optimizers = this_way(run, split, device)
-    segmenter = prepare(network, {"mean": data.MEAN, "std": data.STD}, device, run.precision)
+    segmenter = Segmenter(network, {"mean": data.MEAN, "std": data.STD}, run.precision)
 
     def guess(index):
         images, _ = data.load(split, torch.tensor(index), device)
@@ -1280,13 +1225,14 @@ def in_fresh_process(way, *words):
     words = [sys.executable, __file__, *sys.argv[1:], "--json", "--only", way, *words]
     child = subprocess.run(words, capture_output=True, text=True)
     if child.returncode:
-        raise Problem(child.stderr.strip().splitlines()[-1].removeprefix("petseg: "))
+        said = child.stderr.strip().splitlines() or ["it was killed, most likely for its memory"]
+        raise Problem(said[-1].removeprefix("petseg: "))
     return json.loads(child.stdout.splitlines()[-1])
 
 
 def bench_ways(args, run, device):
     """The plain way against this one, against the machine's arithmetic, and the parts of a step."""
-    find_data(args.data, args.root, args.url)
+    find_data(run.data, run.root, args.url)  # fetched or drawn before the clocks run
     rounds, line = {"plain": [], "petseg": []}, Line()
     for turn in range(args.rounds):  # by turns, so that no way has the machine's better hour
         for way in rounds:
@@ -1399,9 +1345,9 @@ def bench_growth(args, run, device):
     """Training from as many pictures as the pets have to train with, and from ten times as many,
     both memory-mapped, by turns."""
     settle_memory(device)
-    Path(args.root).mkdir(parents=True, exist_ok=True)
+    Path(run.root).mkdir(parents=True, exist_ok=True)
     noise, rows, speeds = noise_split(414, run.size), [], []
-    with tempfile.TemporaryDirectory(dir=args.root) as folder:
+    with tempfile.TemporaryDirectory(dir=run.root) as folder:
         def mapped(name, times):
             path, part = Path(folder) / f"{name}-{times}", getattr(noise, name)
             with open(path, "wb") as file:
@@ -1426,10 +1372,7 @@ def bench_growth(args, run, device):
 def bench(args):
     """Times the plain way against this one, or does what else --layers … --growth ask for."""
     device = pick_device(args.device)
-    sizes = {name: getattr(args, name) for name in ("batch", "size", "width")}
-    given = {name: value for name, value in sizes.items() if value}
-    given |= {"recompute": args.recompute, "precision": pick_precision(args.precision, device)}
-    run = argparse.Namespace(**settings(args.model, device, toy=False, given=given))
+    run = settings(args, device, toy=False)
     if args.only:
         return answer(args, "", one_measurement(args, run, device))
     about = {"model": run.model, "width": run.width, "size": run.size, "batch": run.batch,

@@ -345,17 +345,19 @@ def test_generator_is_a_function_of_its_key():
     assert drawn[:6] == drawn[6:] and len(set(map(tuple, drawn))) == 6
 
 
-def test_whole_file_and_folder_leave_the_old_when_writing_fails(tmp_path):
+def test_what_is_written_appears_whole_or_leaves_the_old(tmp_path):
     file, folder = tmp_path / "deep" / "file", tmp_path / "folder"
     for content in ("old", "newer"):
-        with data.whole_file(file, sync=True) as opened, data.whole_folder(folder) as filled:
-            opened.write(content.encode())
-            (filled / content).write_text(content)
-    with pytest.raises(ZeroDivisionError):
-        with data.whole_file(file) as opened, data.whole_folder(folder) as filled:
-            opened.write(b"half")
-            (filled / "half").write_text("half")
+        data.write(file, content.encode(), sync=True)
+        with data.whole(folder) as new:
+            new.mkdir()
+            (new / content).write_text(content)
+    for path in (file, folder / "newer", folder):
+        with pytest.raises(ZeroDivisionError), data.whole(path) as new:
+            new.write_text("half")
             1 / 0
+    with pytest.raises(OSError):  # a file does not take a folder's place
+        data.write(folder, b"file")
     assert files(tmp_path) == {"deep/file": b"newer", "folder/newer": b"newer"}
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -772,7 +774,7 @@ def test_scores_against_slow_loops():
 def test_score_of_a_split_counts_each_image_once(toys, tmp_path):
     split = data.open_split(toys, "test", (32, 32), tmp_path, quiet)
     about = {"mean": data.MEAN, "std": data.STD}
-    segmenter = petseg.prepare(layers.UNet(width=2), about, torch.device("cpu"), "fp32")
+    segmenter = petseg.Segmenter(layers.UNet(width=2), about, "fp32")
     losses, dices = [], []
     for i in range(10):
         images, labels = data.load(split, torch.tensor([i]))
