@@ -865,6 +865,18 @@ def test_muon_goes_by_momentum_that_looks_ahead_and_by_turns():
             weight.data.zero_()
 
 
+def test_muon_shrinks_weights_by_their_decay():
+    weights = [nn.Parameter(torch.ones(2, 3, 1, 1)) for _ in range(2)]
+    muon = petseg.Muon(weights, decay=0.5)
+    muon.param_groups[0]["lr"] = 0.1
+    for _ in range(2):  # each has its turn once, for a step of twice the size
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight)
+        muon.step()
+    for weight in weights:
+        torch.testing.assert_close(weight.detach(), torch.full((2, 3, 1, 1), 1 - 2 * 0.1 * 0.5))
+
+
 def read_rows(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
