@@ -654,10 +654,11 @@ def shuffled(number, repeat, seed, epoch):
 
 
 def augment(images, labels, random, size=None, share=1.0, flip=0.0, vflip=0.0, rotate=0.0, zoom=1.0,
-            shift=0.0, brightness=0.0, contrast=0.0, saturation=0.0):
+            aspect=1.0, shift=0.0, brightness=0.0, contrast=0.0, saturation=0.0, mix=0.0):
     """Changes a `share` of a batch at random: flip and vflip are probabilities, rotate is in
-    degrees, zoom a factor either way (enlarged, it is a random crop), shift a part of the side,
-    the colours' strengths run from 0 to 1; saturation 1 reaches down to grey.
+    degrees, zoom and aspect are factors either way (enlarged, it is a random crop), shift is a part
+    of the side, the colours' strengths run from 0 to 1 (saturation 1 reaches down to grey), mix is
+    the probability that a box shows the next picture (https://arxiv.org/abs/1905.04899).
 
     Image and labels go through one warp to `size`, a single sampling at the end of all movements.
     """
@@ -673,10 +674,13 @@ def augment(images, labels, random, size=None, share=1.0, flip=0.0, vflip=0.0, r
     # the warp: for each pixel of the result, where to look in the picture, in -1..1 (B, 2, 3)
     angle, scale = draw(math.radians(rotate)), torch.exp(draw(math.log(zoom)))
     cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
+    stretch = torch.exp(draw(math.log(aspect)))
     across, down = mirror(flip), mirror(vflip)
     warp = torch.stack((
-        torch.stack((cos * across, -sin * height / width * down, draw(2 * shift)), dim=1),
-        torch.stack((sin * width / height * across, cos * down, draw(2 * shift)), dim=1)), dim=1)
+        torch.stack((stretch * cos * across, -stretch * sin * height / width * down,
+                     draw(2 * shift)), dim=1),
+        torch.stack((sin / stretch * width / height * across, cos / stretch * down,
+                     draw(2 * shift)), dim=1)), dim=1)
     grid = F.affine_grid(send(warp, images.device), (number, 3, *(size or (height, width))),
                          align_corners=False)
     images = F.grid_sample(images, grid, "bilinear", "reflection", align_corners=False)
@@ -690,7 +694,19 @@ def augment(images, labels, random, size=None, share=1.0, flip=0.0, vflip=0.0, r
     average = images.mean(dim=(1, 2, 3), keepdim=True)
     images = average + (images - average) * spread
     grey = (images * grey).sum(dim=1, keepdim=True)
-    return (grey + (images - grey) * colour).clamp(0, 1), labels.squeeze(1).to(torch.uint8)
+    images = (grey + (images - grey) * colour).clamp(0, 1)
+
+    if mix:
+        inside = (torch.rand(number, generator=random) < mix * touched).view(-1, 1, 1, 1)
+        for axis in (2, 3):  # from 0.2 to 0.9 of the side, about any place of it
+            places = (torch.arange(images.shape[axis]) + 0.5) / images.shape[axis]
+            centre, reach = torch.rand(2, number, 1, generator=random)
+            along = (places - centre).abs() < 0.1 + 0.35 * reach           # (B, side)
+            inside = inside & (along[:, None, :, None] if axis == 2 else along[:, None, None, :])
+        inside = send(inside, images.device)
+        images = torch.where(inside, images.roll(1, dims=0), images)
+        labels = torch.where(inside, labels.roll(1, dims=0), labels)
+    return images, labels.squeeze(1).to(torch.uint8)
 
 
 def targets(labels, border="foreground", random=None):

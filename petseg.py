@@ -39,8 +39,9 @@ def number(kind, low, high=1e30):
     return parse
 
 
-CHANGES = {"flip": (0, 1), "vflip": (0, 1), "rotate": (0, 180), "zoom": (1, 10), "shift": (0, 1),
-           "brightness": (0, 1), "contrast": (0, 1), "saturation": (0, 1)}  # of --augment, bounds
+CHANGES = {"flip": (0, 1), "vflip": (0, 1), "rotate": (0, 180), "zoom": (1, 10), "aspect": (1, 3),
+           "shift": (0, 1), "brightness": (0, 1), "contrast": (0, 1), "saturation": (0, 1),
+           "mix": (0, 1)}  # of --augment, bounds
 AUGMENT = {"none": {}, "flip": {"flip": 0.5},
            "full": {"flip": 0.5, "rotate": 20, "zoom": 1.4, "shift": 0.1,
                     "brightness": 0.3, "contrast": 0.3, "saturation": 1.0}}

@@ -525,8 +525,8 @@ def test_toys_are_not_told_by_colour(toys, tmp_path):
     assert 0.2 < best < 0.75
 
 
-MOVED = dict(flip=0.5, vflip=0.5, rotate=40, zoom=1.5, shift=0.2)
-STRONG = dict(brightness=0.4, contrast=0.4, saturation=1.0, **MOVED)
+MOVED = dict(flip=0.5, vflip=0.5, rotate=40, zoom=1.5, aspect=1.3, shift=0.2)
+STRONG = dict(brightness=0.4, contrast=0.4, saturation=1.0, mix=0.5, **MOVED)
 
 
 @pytest.mark.parametrize("strengths, mirrored", [
@@ -538,7 +538,8 @@ def test_augment_leaves_or_mirrors_every_pixel(strengths, mirrored):
     assert torch.equal(found[1], labels.flip(mirrored))
 
 
-@pytest.mark.parametrize("strengths", [dict(rotate=40), dict(zoom=1.5), dict(shift=0.2), MOVED])
+@pytest.mark.parametrize("strengths", [
+    dict(rotate=40), dict(zoom=1.5), dict(aspect=1.5), dict(shift=0.2), MOVED])
 def test_image_and_label_move_together(strengths):
     labels = torch.zeros(8, 48, 64, dtype=torch.uint8)
     labels[:, 8:32, 10:40] = 1
@@ -547,6 +548,24 @@ def test_image_and_label_move_together(strengths):
     assert ((moved[:, 0] > 0.5) == (follows == 1)).float().mean() > 0.99
     assert set(follows.unique().tolist()) == {0, 1}
     assert (follows != labels).flatten(1).any(dim=1).sum() >= 6
+
+
+def test_mix_puts_a_box_of_another_picture_into_each():
+    values = torch.arange(60) / 60
+    images = values.view(-1, 1, 1, 1).expand(60, 3, 40, 30)
+    labels = torch.arange(60).view(-1, 1, 1).repeat(1, 40, 30).to(torch.uint8)
+    mixed, follows = data.augment(images, labels, data.generator(5), mix=1.0)
+    torch.testing.assert_close(mixed, values[follows.long()].unsqueeze(1).expand_as(mixed))
+    heights, widths = [], []
+    for i, foreign in enumerate(follows != labels):
+        assert set(follows[i].unique().tolist()) <= {i, (i - 1) % 60}
+        rows, columns = foreign.any(dim=1), foreign.any(dim=0)
+        assert torch.equal(foreign, rows[:, None] & columns)  # a box, wherever it is
+        heights.append(rows.sum().item() / 40)
+        widths.append(columns.sum().item() / 30)
+    assert min(heights) < 0.3 and max(heights) < 0.95 and max(widths) > 0.7
+    some = data.augment(images, labels, data.generator(5), mix=0.5)[1]
+    assert 15 < (some != labels).flatten(1).any(dim=1).sum() < 45
 
 
 @pytest.mark.parametrize("strength, means, spreads", [
