@@ -653,6 +653,18 @@ def shuffled(number, repeat, seed, epoch):
     return torch.randperm(number * repeat, generator=generator("shuffle", seed, epoch)) % number
 
 
+def boxes(images, probability, random):
+    """Where a picture shows the next one, with the probability of each: in a box of 0.2 to 0.9 of
+    each side, about any place of it (B, 1, H, W)."""
+    number, _, height, width = images.shape
+    inside = (torch.rand(number, generator=random) < probability).view(-1, 1, 1, 1)
+    for side, shape in ((height, (number, 1, -1, 1)), (width, (number, 1, 1, -1))):
+        places = (torch.arange(side) + 0.5) / side
+        centre, reach = torch.rand(2, number, 1, generator=random)
+        inside = inside & ((places - centre).abs() < 0.1 + 0.35 * reach).view(shape)
+    return inside
+
+
 def augment(images, labels, random, size=None, share=1.0, flip=0.0, vflip=0.0, rotate=0.0, zoom=1.0,
             aspect=1.0, shift=0.0, brightness=0.0, contrast=0.0, saturation=0.0, mix=0.0):
     """Changes a `share` of a batch at random: flip and vflip are probabilities, rotate is in
@@ -697,13 +709,7 @@ def augment(images, labels, random, size=None, share=1.0, flip=0.0, vflip=0.0, r
     images = (grey + (images - grey) * colour).clamp(0, 1)
 
     if mix:
-        inside = (torch.rand(number, generator=random) < mix * touched).view(-1, 1, 1, 1)
-        for axis in (2, 3):  # from 0.2 to 0.9 of the side, about any place of it
-            places = (torch.arange(images.shape[axis]) + 0.5) / images.shape[axis]
-            centre, reach = torch.rand(2, number, 1, generator=random)
-            along = (places - centre).abs() < 0.1 + 0.35 * reach           # (B, side)
-            inside = inside & (along[:, None, :, None] if axis == 2 else along[:, None, None, :])
-        inside = send(inside, images.device)
+        inside = send(boxes(images, mix * touched, random), images.device)
         images = torch.where(inside, images.roll(1, dims=0), images)
         labels = torch.where(inside, labels.roll(1, dims=0), labels)
     return images, labels.squeeze(1).to(torch.uint8)
