@@ -570,8 +570,9 @@ def write_checkpoint(content, path):
 
 
 def save_network(path, network, about, made):
-    """What it takes to use a network, in half precision, and how it was made and did."""
-    weights = {name: value.half() if value.is_floating_point() else value
+    """What it takes to use a network, in half precision, and how it was made and did. The batch
+    norms stay as they are: they are few, and in a long run variances go beyond half's 65504."""
+    weights = {name: value.half() if value.dim() > 1 else value
                for name, value in network.state_dict().items()}
     write_checkpoint({**about, "weights": weights, "trained": made}, path)
 

@@ -807,6 +807,23 @@ def test_score_of_a_split_counts_each_image_once(toys, tmp_path):
         assert petseg.scores(counts)["dice"] == pytest.approx(sum(dices) / 10, abs=1e-3)
 
 
+def test_a_saved_network_predicts_as_before_its_saving(tmp_path):
+    network = layers.UNet(width=2)
+    first = network.encoder[0][0]
+    with torch.no_grad():  # large numbers, as after a long run, that amount to the same
+        first.conv.weight *= 300
+        first.bn.running_var *= 300**2
+    about = {"petseg": "network", "model": "unet", "width": 2, "up": "transpose", "dropout": 0.0,
+             "mean": data.MEAN, "std": data.STD}
+    petseg.save_network(tmp_path / "best.pt", network, about, {})
+    images = torch.rand(2, 3, 32, 32)
+    before, after = (petseg.predict(segmenter, images) for segmenter in (
+        petseg.Segmenter(network, about, "fp32"),
+        petseg.load_segmenter(tmp_path / "best.pt", "cpu", "fp32")))
+    torch.testing.assert_close(after, before, rtol=0.01, atol=0.01 * before.std().item())
+    assert before.std() > 0
+
+
 def test_schedules_at_their_corners():
     def rates(name, warmup=0.2):
         settings = Namespace(lr=0.5, warmup=warmup, gamma=0.9)
