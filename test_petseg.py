@@ -807,6 +807,14 @@ def test_score_of_a_split_counts_each_image_once(toys, tmp_path):
         assert petseg.scores(counts)["dice"] == pytest.approx(sum(dices) / 10, abs=1e-3)
 
 
+def test_a_picture_and_its_mirror_image_are_predicted_alike():
+    about, images = {"mean": data.MEAN, "std": data.STD}, torch.rand(2, 3, 32, 32)
+    for tta in (True, False):
+        segmenter = petseg.Segmenter(layers.UNet(width=2), about, "fp32", tta=tta)
+        one, other = petseg.predict(segmenter, images), petseg.predict(segmenter, images.flip(3))
+        assert torch.allclose(one, other.flip(3), atol=1e-5 * one.std().item()) == tta
+
+
 def test_a_saved_network_predicts_as_before_its_saving(tmp_path):
     network = layers.UNet(width=2)
     first = network.encoder[0][0]
@@ -1033,7 +1041,7 @@ def test_infer_takes_any_pictures(trained, toys, tmp_path):
 
 
 def test_infer_without_pictures_shows_the_test_split(trained, root, tmp_path):
-    result = answer("infer", "--ckpt", trained["unet"] / "best.pt", "--root", root, "--tta",
+    result = answer("infer", "--ckpt", trained["unet"] / "best.pt", "--root", root, "--no-tta",
                     "--threshold", 0, "--out", tmp_path)
     rows = read_rows(tmp_path / "predictions.csv")
     assert result["images"] == len(rows) == len(list(tmp_path.glob("*_panel.png"))) == 10
