@@ -1049,6 +1049,20 @@ def test_infer_without_pictures_shows_the_test_split(trained, root, tmp_path):
     assert result["dice"] == pytest.approx(sum(float(row["dice"]) for row in rows) / 10)
 
 
+def test_the_weights_that_come_with_the_program(toys, tmp_path):
+    path = PROGRAM.parent / "weights" / "unet.pt"
+    assert path.stat().st_size <= 8e6
+    made = torch.load(path, weights_only=True)["trained"]
+    assert made["command"].startswith("petseg.py train unet --data pets")
+    assert len(made["commit"]) == 40 and made["machine"] and made["seed"] == 0
+    assert 0 < made["epoch"] <= made["epochs"] and made["seconds"] > 0
+    assert made["valid_dice"] > 0.92 and made["valid_iou"] > 0.86
+    photo = min((toys / "images").iterdir())
+    result = answer("infer", photo, "--out", tmp_path)
+    assert result["images"] == 1 and result["dice"] > 0.5  # though it has only seen photos
+    assert Image.open(tmp_path / f"{photo.stem}_mask.png").size == Image.open(photo).size
+
+
 def test_compare(trained, tmp_path):
     words = ["compare", *trained.values(), "--out", tmp_path / "a.png"]
     for row, folder in zip(answer(*words)["runs"], trained.values(), strict=True):
