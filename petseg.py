@@ -80,8 +80,7 @@ OPTIONS = {
     "loss": ("bce_dice", ("bce_dice", "bce", "dice"), "the loss function"),
     "optimizer": ("muon", ("muon", "adamw", "adam"), "the optimizer"),
     "lr": (None, AMOUNT, "the learning rate's peak: 0.02 for muon, else 0.004"),
-    "weight_decay": (None, AMOUNT, "share of the rate by which weights shrink: 0 for muon, 0.01 for "
-                     "adamw"),
+    "weight_decay": (0.005, AMOUNT, "share of the rate by which weights shrink, for muon and adamw"),
     "schedule": ("cosine", ("cosine", "constant", "plateau", "exponential", "inverse_sqrt"),
                  "of the learning rate"),
     "warmup": (0.15, SHARE, "share of the run that warms up, for cosine and inverse_sqrt"),
@@ -631,8 +630,6 @@ def settings(args, device, toy):
     run |= typed(args)
     if run["lr"] is None:
         run["lr"] = 0.02 if run["optimizer"] == "muon" else 0.004
-    if run["weight_decay"] is None:
-        run["weight_decay"] = 0.0 if run["optimizer"] == "muon" else 0.01
     run["precision"] = pick_precision(run["precision"], device)
     return argparse.Namespace(**run)
 
