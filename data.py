@@ -53,8 +53,8 @@ def generator(*key):
 
 @contextmanager
 def whole(path):
-    """A name beside `path` to write a file or a folder under, which takes the name `path` when it is
-    complete. A kill, an error or a full disk leaves what stood there before."""
+    """A name beside `path` to write a file or a folder under, which takes the name `path` when it
+    is complete. A kill, an error or a full disk leaves what stood there before."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as temporary:
@@ -317,7 +317,7 @@ def fetch(url, path, md5, report, pauses):
             raise Problem(f"{url} is no address: {error}") from error
         except NETWORK as error:
             failures = 1 if part.exists() and part.stat().st_size > have else failures + 1
-            code = getattr(error, "code", None)  # a server's answer; without one, did anything come?
+            code = getattr(error, "code", None)  # a server's answer; without one, did any come?
             final = code < 500 and code not in (408, 429) if code else not part.exists()
             if final or failures > len(pauses):
                 raise DownloadFailed(f"cannot download {url}: {error}; check the network, or name "
@@ -367,8 +367,8 @@ def unpack(archive, folder):
                 parts = Path(member.name).parts
                 plain = member.isfile() or member.isdir()
                 if parts[:1] != (name,) or ".." in parts or not plain:
-                    raise Problem(f"{archive} is refused: its member {member.name!r} would not be a "
-                                  f"plain file in {name}/; get it from another place")
+                    raise Problem(f"{archive} is refused: its member {member.name!r} would not be "
+                                  f"a plain file in {name}/; get it from another place")
                 target = new.joinpath(*parts[1:])
                 (target if member.isdir() else target.parent).mkdir(parents=True, exist_ok=True)
                 if member.isfile():

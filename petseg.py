@@ -80,7 +80,7 @@ OPTIONS = {
     "loss": ("bce_dice", ("bce_dice", "bce", "dice"), "the loss function"),
     "optimizer": ("muon", ("muon", "adamw", "adam"), "the optimizer"),
     "lr": (None, AMOUNT, "the learning rate's peak: 0.02 for muon, else 0.004"),
-    "weight_decay": (0.005, AMOUNT, "share of the rate by which weights shrink, for muon and adamw"),
+    "weight_decay": (0.005, AMOUNT, "share of the rate by which weights shrink (not for adam)"),
     "schedule": ("cosine", ("cosine", "constant", "plateau", "exponential", "inverse_sqrt"),
                  "of the learning rate"),
     "warmup": (0.15, SHARE, "share of the run that warms up, for cosine and inverse_sqrt"),
