@@ -46,6 +46,7 @@ CHANGES = {"flip": (0, 1), "vflip": (0, 1), "rotate": (0, 180), "zoom": (1, 10),
 AUGMENT = {"none": {}, "flip": {"flip": 0.5},
            "full": {"flip": 0.5, "rotate": 20, "zoom": 1.4, "shift": 0.1,
                     "brightness": 0.3, "contrast": 0.3, "saturation": 1.0}}
+AUGMENT["strong"] = AUGMENT["full"] | {"zoom": 1.7, "aspect": 1.16, "mix": 0.5}
 
 
 def changes(text):
@@ -89,8 +90,8 @@ OPTIONS = {
     "clip": (1.0, AMOUNT, "largest norm of the gradient, 0 for no limit"),
     "accumulate": (1, POSITIVE, "batches that make up one step"),
     "ema": (0.99, SHARE, "how much the weights' moving average keeps at a step, 0 for none"),
-    "augment": (None, changes, "random changes: full (for the toys flip), none, or strengths as in "
-                "rotate=15,flip=0.5"),
+    "augment": (None, changes, "random changes: full (for the toys flip), strong, none, or "
+                "strengths as in rotate=15,flip=0.5"),
     "augment_prob": (1.0, SHARE, "share of the pictures that is changed"),
     "grow": (0.85, SHARE, "share of the epochs with smaller pictures, which train faster"),
     "repeat": (1, POSITIVE, "times a picture appears in an epoch"),

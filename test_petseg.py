@@ -1200,7 +1200,7 @@ def test_a_cache_that_the_disk_cannot_hold(toys, tmp_path, monkeypatch):
     ("train", "unet"),
     ("train unet --size 31", "31"),
     ("train unet --epochs 0", "epochs"),
-    ("train unet --augment swirl=1", "swirl.*|none, flip, full.*rotate"),
+    ("train unet --augment swirl=1", "swirl.*|none, flip, full, strong.*rotate"),
     ("train unet --augment flip=1,rotate=999", "180.*999"),
     ("train unet --data {folder}/no-test --compile --recompute", "--compile and --recompute"),
     ("train unet --data {folder}/nowhere", "nowhere"),
