@@ -632,7 +632,7 @@ def settings(args, device, toy):
     # the more steps a run takes, the more its pictures should vary. Some hundred, on the toys: test
     # Dice of UNet 0.962 with flips alone, 0.941 with everything (by AdamW, a run each). On the pets
     # UNet has a valid Dice of 0.9098 with `full` and 0.8970 with `strong` after 11 epochs, 0.9337
-    # with `full` after 265 and 0.9372 with `strong` after 232 (a run each, the former without decay)
+    # with `full` after 265 and 0.9372 with `strong` after 232 (a run each, `full` without decay)
     if run["augment"] is None:
         run["augment"] = AUGMENT["flip" if toy else "strong" if run["epochs"] >= 100 else "full"]
     if run["lr"] is None:
