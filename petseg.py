@@ -650,6 +650,8 @@ def start_or_resume(args, device):
         run = state["settings"]
         for name, value in typed(args).items():
             if name in MAY_CHANGE:
+                if name == "epochs" and value != run[name]:
+                    run["command"] += f", resumed with --epochs {value}"
                 run[name] = value
             elif value not in (run[name], "auto"):
                 raise Problem(f"the run was begun with {name.replace('_', '-')} {run[name]}, not "

@@ -984,6 +984,8 @@ def test_resume_with_more_epochs_equals_one_long_run(trained, root, tmp_path):
     for _ in range(2):  # the second time nothing is left to do, and that is no fault
         answer("train", "--resume", folder, "--epochs", 2)
     assert_same_run(folder, trained["unet"])
+    command = json.loads((folder / "config.json").read_text())["command"]
+    assert command.split(", ")[1:] == ["resumed with --epochs 2"]
     assert re.search("lr .*0.1", refused("train", "--resume", folder, "--lr", 0.1))
     shutil.copytree(root, tmp_path / "less")
     data.list_samples(tmp_path / "less" / data.TOYS, "train")[0].image.unlink()
