@@ -1004,6 +1004,21 @@ def test_resume_with_more_epochs_equals_one_long_run(trained, root, tmp_path):
                                  tmp_path / "less")
 
 
+def test_a_run_begins_with_the_weights_it_is_given(trained, root, tmp_path):
+    best = shutil.copy(trained["unet"] / "best.pt", tmp_path)
+    folder = Path(answer("train", "unet", "--init", best, "--root", root, "--out", tmp_path,
+                         "--lr", 0, "--ema", 0, "--epochs", 1)["run"])  # nothing is learned
+    given, last = (torch.load(path, weights_only=True) for path in (best, folder / "last.pt"))
+    for name, weight in given["weights"].items():
+        if "running" not in name and "tracked" not in name:
+            torch.testing.assert_close(last["network"][name], weight.float(), rtol=0, atol=0)
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["width"], config["size"]) == (given["width"], given["size"])
+    assert config["command"].endswith(f"begun with the weights of {given['trained']['command']}")
+    os.remove(best)  # a resumed run has no need of it
+    answer("train", "--resume", folder, "--epochs", 2)
+
+
 def test_stopped_and_resumed_equals_undisturbed(root, tmp_path):
     words = ["train", "unet", "--root", root, *TINY, "--size", 48, "--epochs", 8, "--batch", 2,
              "--repeat", 3, "--dropout", 0.3, "--border", "random", "--schedule", "plateau",
@@ -1231,6 +1246,8 @@ def test_a_cache_that_the_disk_cannot_hold(toys, tmp_path, monkeypatch):
     ("train unet --data {folder}/empty", "trainval.txt"),
     ("train unet --data {folder}/wrong --root {folder}", "50, 100, 150.*expected.*1 = pet"),
     ("train unet --data {folder}/no-test --root {folder} --width 99999", "memory.*--width"),
+    ("train resnet34_unet --init {run}/best.pt --data {folder}/no-test --root {folder}",
+     "best.pt are of another network"),
     ("eval --ckpt {run}/best.pt --data {folder}/no-test --split test", "--split valid"),
     ("eval --ckpt {run}/best.pt --threshold 2", "threshold"),
     ("infer --ckpt {run}/best.pt {folder}/nowhere", "nowhere"),
