@@ -106,11 +106,13 @@ OPTIONS = {
     "precision": ("auto", ("auto", "bf16", "fp32"), "auto: bfloat16 where the hardware has it"),
     "seed": (0, SEED, "of every random draw"),
     "save_every": (0, number(int, 0), "also keep a numbered checkpoint every so many epochs"),
+    "checkpoint_minutes": (5.0, AMOUNT, "save inside an epoch too, so often; 0 for never"),
 }
 OTHERS = {
     "json": (False, bool, "end with the result as one JSON object"),
-    "resume": (None, str, "go on with the run in this folder; of the other options only --epochs, "
-               "--device, --save-every, --data and --root may then change"),
+    "resume": (None, str, "go on with the run in this folder, or with auto the newest unfinished "
+               "one of the same options, else a new one; only --epochs, --device, --save-every, "
+               "--checkpoint-minutes, --data and --root may change"),
     "out": (None, str, "where the results go"),
     "ckpt": (WEIGHTS, Path, "the best.pt of a run"),
     "threshold": (0.5, SHARE, "probability that makes a pet"),
@@ -182,6 +184,8 @@ import copy
 import csv
 import ctypes
 import errno
+import fcntl
+import hashlib
 import io
 import json
 import math
@@ -190,10 +194,11 @@ import platform
 import re
 import resource
 import shlex
+import shutil
 import signal
+import struct
 import subprocess
 import tempfile
-import threading
 import time
 import zipfile
 from datetime import datetime
@@ -589,12 +594,16 @@ def draw_samples(path, segmenter, split, chosen):
 # ------------------------------------------------------------------------------------ checkpoints
 
 
+SEAL = (32).to_bytes(2, "little")  # the comment's length: it is the SHA-256 of all before it
+
+
 def write_checkpoint(content, path):
     """Writes a checkpoint so that at any moment the old or the new one stands there, whole. It goes
     by way of memory because torch.save would hide a full disk behind an error of its own."""
     memory = io.BytesIO()
     torch.save(content, memory)
-    data.write(path, memory.getbuffer(), sync=True)
+    archive = memory.getvalue()[:-2]  # less the length of the comment that a zip file may end with
+    data.write(path, archive + SEAL + hashlib.sha256(archive).digest(), sync=True)
 
 
 def save_network(path, network, about, made):
@@ -605,28 +614,65 @@ def save_network(path, network, about, made):
     write_checkpoint({**about, "weights": weights, "trained": made}, path)
 
 
+# what makes up a checkpoint of each kind: names and, by an example, types
+CHECKPOINTS = {
+    "network": {"model": "unet", "width": 16, "up": "transpose", "dropout": 0.0, "size": 128,
+                "mean": data.MEAN, "std": data.STD, "weights": {},
+                "trained": {"data": "pets", "root": "data", "command": ""}},
+    "training": {"settings": {}, "pictures": [], "network": {}, "average": {}, "optimizers": [],
+                 "epoch": 1, "step": 0, "history": [], "sums": {}, "seconds": 0.0},
+}
+# what zipfile and torch raise at files that were damaged or made to do harm
+HOSTILE = (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, LookupError,
+           TypeError, AttributeError, AssertionError, ArithmeticError, EOFError, MemoryError,
+           struct.error)
+
+
+def alike(value, example):
+    """Whether a value has the type of the example, and all that the example has."""
+    if not isinstance(value, type(example)):
+        return False
+    if isinstance(example, dict):
+        return all(name in value and alike(value[name], each) for name, each in example.items())
+    return not isinstance(example, tuple) or (
+        len(value) == len(example) and all(map(alike, value, example)))
+
+
 def read_checkpoint(path, kind, device):
-    """Reads a checkpoint of the `kind` "network" (best.pt) or "training" (last.pt)."""
+    """Reads a checkpoint of the `kind` "network" (best.pt) or "training" (last.pt), or refuses it.
+    Nothing in it is executed, and no more is read than the file is long."""
     content, name = None, {"network": "best.pt", "training": "last.pt"}[kind]
     if not Path(path).is_file():
         raise Problem(f"there is no checkpoint {path}; name the {name} of a run")
     try:
-        if zipfile.is_zipfile(path):  # of anything else torch.load would try older formats
-            content = torch.load(path, map_location=device, weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError):
+        stored = np.memmap(path, mode="r")
+        archive, seal, digest = stored[:-34], stored[-34:-32].tobytes(), stored[-32:].tobytes()
+        if seal == SEAL and hashlib.sha256(archive).digest() == digest:  # else a bit has flipped
+            with zipfile.ZipFile(path) as file:
+                parts = file.infolist()
+            # torch.save packs nothing: what would unpack to more than there is was made to do harm
+            if sum(part.file_size for part in parts) <= len(stored) and not any(
+                    part.compress_type or part.compress_size != part.file_size for part in parts):
+                content = torch.load(path, map_location=device, weights_only=True)
+    except HOSTILE:
         pass  # torch's own words are left out: they tell how to read a file that may hold code
-    if not isinstance(content, dict) or content.get("petseg") != kind:
+    if not alike(content, {"petseg": kind, **CHECKPOINTS[kind]}) or content["petseg"] != kind:
         raise Problem(f"{path} is damaged, or is not what this needs, the {name} of a petseg run")
     return content
 
 
 def fill(network, weights, path):
-    """Puts the weights of the checkpoint at `path` into a network."""
-    try:
-        network.load_state_dict(weights)
-    except RuntimeError as error:
+    """Puts the weights of the checkpoint at `path` into a network, if they are its own and finite.
+    A network on the device "meta", which has shapes and no numbers, takes them as they are."""
+    needed = {name: each.shape for name, each in network.state_dict().items()}
+    if needed != {name: getattr(each, "shape", None) for name, each in weights.items()}:
         raise Problem(f"the weights in {path} are of another network than this: another model, "
-                      "width or way up") from error
+                      "width or way up")
+    if not all(each.isfinite().all() for each in weights.values()):
+        raise Problem(f"the weights in {path} are not all finite; take another checkpoint")
+    weights = {name: each.float() if each.is_floating_point() else each
+               for name, each in weights.items()}
+    network.load_state_dict(weights, assign=network.head.weight.is_meta)
 
 
 def load_segmenter(path, device, precision, threshold=0.5, tta=True):
@@ -634,14 +680,19 @@ def load_segmenter(path, device, precision, threshold=0.5, tta=True):
     device = pick_device(device)
     settle_memory(device)
     about = read_checkpoint(path, "network", device)
-    network = build(about).to(device)
+    try:
+        with torch.device("meta"):  # an absurd width then takes no memory
+            network = build(about)
+    except (LookupError, ValueError, RuntimeError) as error:
+        raise Problem(f"{path} describes a network that does not exist: {error}") from error
     fill(network, about.pop("weights"), path)
+    network.to(device, memory_format=torch.channels_last)
     return Segmenter(network, about, pick_precision(precision, device), threshold, tta)
 
 
 # ------------------------------------------------------------------------------------------ train
 
-MAY_CHANGE = ("epochs", "save_every", "data", "root")  # by `--resume`, beside the device
+MAY_CHANGE = ("epochs", "save_every", "checkpoint_minutes", "data", "root")  # by `--resume`
 
 
 def typed(args):
@@ -676,22 +727,68 @@ def settings(args, device, toy):
     return argparse.Namespace(**run)
 
 
+def read_state(folder, device):
+    """The state in which a run was left: its last.pt or, where that cannot be read, the checkpoint
+    before it."""
+    before = folder / "previous.pt"
+    try:
+        return read_checkpoint(folder / "last.pt", "training", device)
+    except Problem as problem:
+        say(f"warning: {problem}; trying the one before it, {before}")
+    try:
+        return read_checkpoint(before, "training", device)
+    except Problem as problem:
+        raise Problem(f"{problem}; if there is a best.pt, train MODEL --init {folder / 'best.pt'} "
+                      "begins a new run with its weights") from problem
+
+
+def lock(folder):
+    """Keeps every other process from training in a folder for as long as this one lives: the
+    kernel lets go of the lock when it ends, however it ends."""
+    try:
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Problem(f"another process is training in {folder}; stop it, or wait for its end")
+
+
+def resume(args, folder, device):
+    """What `start_or_resume` returns for a run that was begun before."""
+    if not folder.is_dir():
+        raise Problem(f"there is no run {folder} to resume; name a folder in {args.out}")
+    lock(folder)
+    for leftover in folder.glob(".part-*"):  # what a kill kept from being renamed
+        shutil.rmtree(leftover)
+    state = read_state(folder, device)
+    run = argparse.Namespace(**state["settings"])
+    for name, value in typed(args).items():
+        if name in MAY_CHANGE:
+            if name == "epochs" and value != run.epochs:
+                run.command += f", resumed with --epochs {value}"
+            setattr(run, name, value)
+        elif value not in (getattr(run, name), "auto"):
+            raise Problem(f"the run was begun with {name.replace('_', '-')} {getattr(run, name)}, "
+                          f"not {value}; a resumed run keeps it; without --resume a new one starts")
+    return folder, run, state
+
+
+def find_unfinished(run, out):
+    """The newest folder in `out` of a run with the same options that has not come to its end."""
+    same = {name: value for name, value in vars(run).items()
+            if name not in ("root", "save_every", "checkpoint_minutes", "command")}
+    configs = sorted(Path(out).glob("*/config.json"), key=os.path.getmtime, reverse=True)
+    for folder in (config.parent for config in configs):
+        finished = any((folder / f"{split}.json").exists() for split in ("valid", "test"))
+        if not finished and (folder / "last.pt").exists():
+            config = json.loads((folder / "config.json").read_text())
+            if {name: config.get(name) for name in same} == same:
+                return folder
+
+
 def start_or_resume(args, device):
     """Returns the run's folder, its settings, and its last checkpoint (None at the start)."""
-    if args.resume:
+    if args.resume not in (None, "auto"):
         folder = Path(args.resume)
-        folder = folder.parent if folder.name == "last.pt" else folder
-        state = read_checkpoint(folder / "last.pt", "training", device)
-        run = state["settings"]
-        for name, value in typed(args).items():
-            if name in MAY_CHANGE:
-                if name == "epochs" and value != run[name]:
-                    run["command"] += f", resumed with --epochs {value}"
-                run[name] = value
-            elif value not in (run[name], "auto"):
-                raise Problem(f"the run was begun with {name.replace('_', '-')} {run[name]}, not "
-                              f"{value}; a resumed run keeps it; without --resume a new one starts")
-        return folder, argparse.Namespace(**run), state
+        return resume(args, folder.parent if folder.name == "last.pt" else folder, device)
     if not args.model:
         raise Problem("say which network to train: petseg.py train unet, or train resnet34_unet")
     if args.compile and args.recompute:
@@ -699,6 +796,10 @@ def start_or_resume(args, device):
     name, _ = find_data(args.data or "auto", args.root or "data", args.url)
     run = settings(args, device, toy=name == "toy")
     run.data = name if run.data == "auto" else run.data
+    if args.resume:
+        if folder := find_unfinished(run, args.out):
+            return resume(args, folder, device)
+        say(f"--resume auto: no unfinished run of these options is in {args.out}; a new one starts")
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     return Path(args.out) / f"{name}-{run.model}-{stamp}-{os.urandom(2).hex()}", run, None
 
@@ -737,11 +838,16 @@ def make_optimizers(run, network):
                               weight_decay=0.0)]
 
 
+SUMS = ("loss", "dice", "iou", "images", "skipped")  # of an epoch so far
+MOST_SKIPPED = 10  # steps of an epoch, before the run is given up
+
+
 def train_step(run, network, optimizers, split, group, epoch, step):
-    """One step of the optimizers on the pictures `group`, a batch at a time; returns the sums of
-    their losses, Dices and IoUs. Every random draw depends on (seed, epoch, step) alone."""
+    """One step of the optimizers on the pictures `group`, a batch at a time; returns SUMS of it.
+    Every random draw depends on (seed, epoch, step) alone. A step whose gradients are not finite is
+    left out."""
     device, side = next(network.parameters()).device, side_of_epoch(run, epoch)
-    sums = torch.zeros(3, device=device)
+    sums = torch.zeros(len(SUMS), device=device)
     torch.manual_seed(data.generator("dropout", run.seed, epoch, step).initial_seed())
     for part, index in enumerate(group.split(run.batch)):
         random = data.generator("augment", run.seed, epoch, step, part)
@@ -755,13 +861,15 @@ def train_step(run, network, optimizers, split, group, epoch, step):
         loss = layers.LOSSES[run.loss](logits, target)
         (loss * len(index) / len(group)).backward()
         dice, iou = dice_and_iou(confusion(logits[:, 0] > 0, target))
-        sums += torch.stack((loss.detach() * len(index), dice.sum(), iou.sum()))
-    if run.clip:
-        torch.nn.utils.clip_grad_norm_(network.parameters(), run.clip)
+        sums[:3] += torch.stack((loss.detach() * len(index), dice.sum(), iou.sum()))
+    sums[3] = len(group)
+    norm = torch.nn.utils.clip_grad_norm_(network.parameters(), run.clip or math.inf)
+    usable = norm.isfinite().item()
     for optimizer in optimizers:
-        optimizer.step()
+        if usable:
+            optimizer.step()
         optimizer.zero_grad()
-    return sums
+    return sums if usable else sums.new_tensor((0, 0, 0, 0, 1))
 
 
 @torch.no_grad()
@@ -820,46 +928,58 @@ def train(args):
     optimizers = make_optimizers(run, network)
 
     epoch, step, history, seconds = 1, 0, [], 0.0
-    sums = torch.zeros(3, device=device)  # of this epoch's losses, Dices, IoUs
+    sums = torch.zeros(len(SUMS), device=device)
     if state:
         if state["pictures"] != train_set.names:
             raise Problem(f"{source} no longer holds the training pictures that {folder} was begun "
                           "with; bring them back, or start a new run without --resume")
-        network.load_state_dict(state["network"])
-        average.load_state_dict(state["average"])
+        fill(network, state["network"], folder)
+        fill(average, state["average"], folder)
         for optimizer, memory in zip(optimizers, state["optimizers"]):
             optimizer.load_state_dict(memory)
         epoch, step, history, seconds = (state[k] for k in ("epoch", "step", "history", "seconds"))
-        sums += state["sums"]
+        sums += torch.tensor([state["sums"][name] for name in SUMS], device=device)
+    else:
+        folder.mkdir(parents=True)
+        lock(folder)
+    config = describe(run, device)
 
     def save_state():
+        nonlocal saved
+        if not all(weight.isfinite().all() for weight in network.parameters()):
+            give_up("the weights are no longer finite")
+        data.write_json(folder / "config.json", config)
+        last, new = folder / "last.pt", folder / "next.pt"
         write_checkpoint({
             "petseg": "training", "settings": vars(run), "pictures": train_set.names,
             "network": network.state_dict(), "average": average.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in optimizers], "epoch": epoch,
-            "step": step, "history": history, "sums": sums, "seconds": seconds}, folder / "last.pt")
+            "step": step, "history": history, "sums": dict(zip(SUMS, sums.tolist())),
+            "seconds": seconds}, new)
+        if last.exists():
+            os.replace(last, folder / "previous.pt")
+        os.replace(new, last)
+        saved = time.monotonic()
 
-    config = describe(run, device)
-    data.write_json(folder / "config.json", config)
+    def give_up(why):
+        raise Problem(f"{why} in epoch {epoch}; the last good checkpoint is kept in {folder}; try "
+                      "a lower --lr, --clip 1, or --precision fp32")
+
+    saved = 0.0
+    save_state()  # a run can be resumed from its first step on, and a full disk shows at once
     say(f"{'resuming' if state else 'training'} {folder} on {device}\n"
         + ", ".join(f"{name} {value}" for name, value in vars(run).items()))
     images, per_step = len(train_set.names) * run.repeat, run.batch * run.accumulate
     per_epoch = math.ceil(images / per_step)
     line = Line()
 
-    def stop_if_not_finite(value):
-        if not math.isfinite(value):
-            raise Problem(f"the loss or weights became {value} in epoch {epoch}; the last good "
-                          f"checkpoint, if there was one, is kept in {folder}; try a lower --lr, "
-                          "--clip 1, or --precision fp32")
+    stop = []  # signals that came: they only ask, the loop answers; a second Ctrl-C does not wait
 
-    stop = threading.Event()  # a flag: Ctrl-C only asks, the loop answers; a second does not wait
-
-    def ask(*_):
-        stop.set()
+    def ask(number, _):
+        stop.append(number)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    signal.signal(signal.SIGINT, ask)
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     while epoch <= run.epochs:
         began = time.monotonic() - seconds
         network.train()
@@ -867,12 +987,13 @@ def train(args):
         groups = data.shuffled(len(train_set.names), run.repeat, run.seed, epoch).split(per_step)
         for step in range(step, per_epoch):
             seconds = time.monotonic() - began
-            if stop.is_set():
-                stop_if_not_finite(sum(p.sum().item() for p in network.parameters()))
+            if stop or run.checkpoint_minutes and (
+                    time.monotonic() - saved > 60 * run.checkpoint_minutes):
                 save_state()
+            if stop:
                 say(f"petseg: stopped in epoch {epoch} and saved; to go on: "
                     f"petseg.py train --resume {folder}")
-                raise SystemExit(130)
+                raise SystemExit(128 + stop[0])
             done = share_done(run, epoch, (step + 0.5) / per_epoch)  # half of this step is done
             rate = SCHEDULES[run.schedule](run, done, [row["valid_dice"] for row in history])
             for optimizer in optimizers:
@@ -881,30 +1002,34 @@ def train(args):
             sums += train_step(run, compiled, optimizers, train_set, groups[step], epoch, step)
             if run.ema:
                 follow(average, network, run.ema, (epoch - 1) * per_epoch + step)
-            if line.due() or step + 1 == per_epoch:  # to read the loss makes a GPU wait: seldom
-                now, seen = time.monotonic(), min((step + 1) * per_step, images)
-                loss, speed = sums[0].item() / seen, seen / (now - began)
-                stop_if_not_finite(loss)
+            if line.due() or step + 1 == per_epoch:  # to read the sums makes a GPU wait: seldom
+                now, (loss, dice, iou, seen, skipped) = time.monotonic(), sums.tolist()
+                if skipped > MOST_SKIPPED or not seen:
+                    give_up(f"{skipped:.0f} steps had gradients that were not finite")
+                loss, dice, iou = loss / seen, dice / seen, iou / seen
+                speed = min((step + 1) * per_step, images) / (now - began)
                 left = (now - began) / (done - share_done(run, epoch, 0)) * (1 - done)
                 line.show(f"epoch {epoch}/{run.epochs}  {side}×{side}  step {step + 1}/{per_epoch}"
                           f"  loss {loss:.4f}  {speed:.0f} images/s  {clock(left)} left")
 
         segmenter = Segmenter(average, about, run.precision)
         valid_loss, counts = score_split(segmenter, valid_set, run.batch, run.loss)
-        stop_if_not_finite(valid_loss)
-        valid, (train_loss, train_dice, train_iou) = scores(counts), (sums / images).tolist()
+        if not math.isfinite(valid_loss):
+            give_up(f"the valid loss became {valid_loss}")
+        valid = scores(counts)
         best = all(valid["dice"] > row["valid_dice"] for row in history)
         history.append({
-            "epoch": epoch, "side": side, "train_loss": train_loss, "train_dice": train_dice,
-            "train_iou": train_iou, "valid_loss": valid_loss, "valid_dice": valid["dice"],
-            "valid_iou": valid["iou"], "lr": rate, "seconds": time.monotonic() - began,
+            "epoch": epoch, "side": side, "train_loss": loss, "train_dice": dice, "train_iou": iou,
+            "valid_loss": valid_loss, "valid_dice": valid["dice"], "valid_iou": valid["iou"],
+            "lr": rate, "skipped": int(skipped), "seconds": time.monotonic() - began,
             "images_per_second": speed})
-        say(f"epoch {epoch}/{run.epochs}  train loss {train_loss:.4f} Dice {train_dice:.4f}  "
+        say(f"epoch {epoch}/{run.epochs}  train loss {loss:.4f} Dice {dice:.4f}  "
             f"valid loss {valid_loss:.4f} Dice {valid['dice']:.4f}{' *' if best else '  '}  "
-            f"{clock(time.monotonic() - began)}, {speed:.0f} images/s")
+            f"{clock(time.monotonic() - began)}, {speed:.0f} images/s"
+            + (f", {skipped:.0f} steps left out: gradients not finite" if skipped else ""))
         made = {**history[-1], **config, "seconds": sum(row["seconds"] for row in history)}
         # last.pt comes last: killed before it, the epoch is done again and writes the same
-        if best:
+        if best or not (folder / "best.pt").exists():
             save_network(folder / "best.pt", average, about, made)
         if run.save_every and epoch % run.save_every == 0:
             save_network(folder / f"epoch-{epoch}.pt", average, about, made)
@@ -915,7 +1040,8 @@ def train(args):
         epoch, step, seconds = epoch + 1, 0, 0.0
         sums.zero_()
         save_state()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number, usual in before.items():
+        signal.signal(number, usual)
     finish(args, folder, run, history, source)
 
 
@@ -1441,6 +1567,7 @@ COMMANDS = {"train": train, "eval": evaluate, "infer": infer, "compare": compare
 
 def main():
     """Runs the subcommand; turns what a user can cause into one line and an exit code."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is half-written is cleared away
     try:
         COMMANDS[ARGS.command](ARGS)
     except Problem as problem:
@@ -1449,7 +1576,7 @@ def main():
         say("petseg: interrupted")
         raise SystemExit(130)
     except OSError as error:
-        full = error.errno == errno.ENOSPC
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         message = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}" + (
             "; make room and start again; train goes on with --resume RUN" if full else "")
     except (MemoryError, RuntimeError) as error:

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -21,6 +22,7 @@ import sys
 import tarfile
 import threading
 import time
+import zipfile
 from argparse import Namespace
 from pathlib import Path
 
@@ -951,6 +953,8 @@ def learned(folder):
     last, best = (torch.load(folder / name, weights_only=True) for name in ("last.pt", "best.pt"))
     parts = [last["network"], last["average"], best["weights"]]
     parts += [each for memory in last["optimizers"] for each in memory["state"].values()]
+    parts.append({"pictures": torch.tensor(list(b"".join(
+        (folder / f"{name}.png").read_bytes() for name in ("curves", "samples", "worst"))))})
     rows = read_rows(folder / "metrics.csv")
     for row in rows:
         del row["seconds"], row["images_per_second"]
@@ -977,8 +981,8 @@ def trained(root):
 def test_train_and_eval(model, trained, root, tmp_path):
     folder = trained[model]
     assert folder.parent == root / "runs" and folder.name.startswith(f"toy-{model}-")
-    assert {"config.json", "metrics.csv", "last.pt", "best.pt", "curves.png", "samples.png",
-            "test.json", "worst.png"} == {path.name for path in folder.iterdir()}
+    assert {"config.json", "metrics.csv", "last.pt", "previous.pt", "best.pt", "curves.png",
+            "samples.png", "test.json", "worst.png"} == {path.name for path in folder.iterdir()}
     rows, result = read_rows(folder / "metrics.csv"), json.loads((folder / "test.json").read_text())
     assert [row["epoch"] for row in rows] == ["1", "2"]
     assert result["valid_dice"] == max(float(row["valid_dice"]) for row in rows)
@@ -1019,27 +1023,196 @@ def test_a_run_begins_with_the_weights_it_is_given(trained, root, tmp_path):
     answer("train", "--resume", folder, "--epochs", 2)
 
 
-def test_stopped_and_resumed_equals_undisturbed(root, tmp_path):
-    words = ["train", "unet", "--root", root, *TINY, "--size", 48, "--epochs", 8, "--batch", 2,
-             "--repeat", 3, "--dropout", 0.3, "--border", "random", "--schedule", "plateau",
-             "--accumulate", 2]
+KILLS = int(os.environ.get("PETSEG_KILLS", 0))  # of the long soak; pytest -k kill runs it
+KILLED = [
+    "unet --dropout 0.3 --border random --schedule plateau --accumulate 2 --repeat 2",
+    "resnet34_unet --precision bf16 --grow 0.8",
+    "unet --precision bf16 --optimizer adamw --dropout 0.2 --accumulate 3 --schedule exponential",
+    "resnet34_unet --optimizer adam --ema 0 --border random --schedule inverse_sqrt",
+    "unet --grow 0.8 --augment strong --ema 0.9 --loss dice",
+    "resnet34_unet --dropout 0.5 --border ignore --accumulate 2 --schedule plateau",
+    "unet --up bilinear --ema 0 --repeat 2 --augment-prob 0.5 --save-every 2",
+    "resnet34_unet --precision bf16 --border random --clip 0 --schedule constant",
+]
+
+
+def start(*words):
+    """A command that runs beside the test; what it says is read from its stderr."""
+    return subprocess.Popen([sys.executable, PROGRAM, *map(str, words)], stderr=subprocess.PIPE,
+                            stdout=subprocess.DEVNULL, text=True)
+
+
+def said_until(process, words):
+    """Reads what a process says until it says `words`, or ends."""
+    return any(words in line for line in process.stderr)
+
+
+@pytest.mark.parametrize("options", KILLED if KILLS else KILLED[:2])
+def test_killed_at_random_moments_and_resumed_equals_undisturbed(options, root, tmp_path):
+    words = ["train", *options.split(), "--root", root, *TINY, "--size", 48, "--epochs", 4,
+             "--batch", 4, "--checkpoint-minutes", 0.001]
     undisturbed = Path(answer(*words, "--out", tmp_path / "undisturbed")["run"])
-    words += ["--out", tmp_path / "stopped"]
-    for how, epoch in ((signal.SIGINT, 1), (signal.SIGKILL, 4)):
-        with subprocess.Popen([sys.executable, PROGRAM, *map(str, words)], stderr=subprocess.PIPE,
-                              text=True) as process:
-            assert any(f"epoch {epoch}/8  train loss" in line for line in process.stderr)
-            time.sleep(0.5)  # probably to the middle of the next epoch; any moment is right
-            process.send_signal(how)
-            said = process.stderr.read()
-        [folder] = (tmp_path / "stopped").iterdir()
-        assert len(read_rows(folder / "metrics.csv")) < 8
-        if how == signal.SIGINT:
-            assert process.returncode == 130 and "Traceback" not in said
-            assert f"train --resume {folder}" in said.splitlines()[-1]
-        words = ["train", "--resume", folder]
+    words += ["--resume", "auto", "--out", tmp_path / "killed"]
+    random = np.random.default_rng(KILLED.index(options))
+    kills = 0
+    while kills < (math.ceil(KILLS / len(KILLED)) or 3):
+        with start(*words) as process:
+            if random.random() < 0.8:  # else while it starts
+                assert said_until(process, "toy-")
+            time.sleep(random.uniform(0, 1.5))
+            process.kill()
+        kills += process.returncode == -signal.SIGKILL
+        if list((tmp_path / "killed").glob("*/test.json")):
+            shutil.rmtree(tmp_path / "killed")  # it came to its end: from the start again
     run(*words)
+    [folder] = [path.parent for path in (tmp_path / "killed").glob("*/test.json")]
     assert_same_run(folder, undisturbed)
+
+
+@pytest.mark.parametrize("how, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_saves_says_how_to_go_on_and_equals_undisturbed(how, code, root, tmp_path):
+    words = ["train", "unet", "--root", root, *TINY, "--epochs", 3, "--batch", 1]
+    undisturbed = Path(answer(*words, "--out", tmp_path / "undisturbed")["run"])
+    with start(*words, "--out", tmp_path / "stopped") as process:
+        assert said_until(process, "epoch 1/3  train loss")
+        process.send_signal(how)
+        *_, last = process.stderr.read().splitlines()
+    [folder] = (tmp_path / "stopped").iterdir()
+    assert process.returncode == code and f"train --resume {folder}" in last
+    assert len(read_rows(folder / "metrics.csv")) < 3
+    run("train", "--resume", folder)
+    assert_same_run(folder, undisturbed)
+
+
+def test_two_runs_never_share_a_folder_and_a_crash_leaves_no_lock(root, tmp_path):
+    with start("train", "unet", "--root", root, *TINY, "--epochs", 1000, "--out",
+               tmp_path) as process:
+        assert said_until(process, "training")
+        [folder] = tmp_path.iterdir()
+        assert "another process" in refused("train", "--resume", folder)
+        process.kill()
+    (folder / ".part-left").mkdir()  # what a kill while writing leaves
+    last = torch.load(folder / "last.pt", weights_only=True)
+    run("train", "--resume", folder, "--epochs", last["epoch"])
+    assert (folder / "test.json").exists() and not list(folder.glob(".part-*"))
+
+
+def test_resume_auto_takes_the_newest_unfinished_run_of_the_same_options(root, tmp_path):
+    words = ["train", "unet", "--root", root, *TINY, "--out", tmp_path, "--epochs", 2, "--resume",
+             "auto"]
+    finished = answer(*words)["run"]
+    first, other, newest = (shutil.copytree(finished, tmp_path / name) for name in "abc")
+    for place, folder in enumerate((first, newest, other)):
+        (folder / "test.json").unlink()
+        os.utime(folder / "config.json", (place, place))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"lr": 0.5}))
+    assert answer(*words)["run"] == str(newest)
+    shutil.rmtree(first)
+    done = run(*words)  # the other has another rate, and the rest has come to its end
+    assert "a new one starts" in done.stderr and len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.fixture
+def halfway(root, tmp_path):
+    """The folder of a run of two epochs of which one is done, and what it would have become."""
+    words = ["train", "unet", "--root", root, *TINY, "--epochs", 2, "--schedule", "constant"]
+    whole = Path(answer(*words, "--out", tmp_path / "whole")["run"])
+    folder = Path(answer(*words, "--epochs", 1, "--out", tmp_path / "half")["run"])
+    return folder, whole
+
+
+def flip(path, places):
+    """Changes one bit of a file in each of some places."""
+    content = bytearray(path.read_bytes())
+    for place in places:
+        content[int(place * len(content))] ^= 16
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda path: os.truncate(path, path.stat().st_size // 2), lambda path: path.write_bytes(b""),
+    lambda path: flip(path, [0.3]), lambda path: flip(path, [0.8]), lambda path: path.unlink()])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, halfway):
+    folder, whole = halfway
+    damage(folder / "last.pt")
+    said = run("train", "--resume", folder, "--epochs", 2).stderr
+    assert re.search(r"warning: .*last\.pt.*previous\.pt", said)
+    assert_same_run(folder, whole)
+    for name in ("last.pt", "previous.pt"):
+        damage(folder / name)
+    assert "--init" in refused("train", "--resume", folder, "--epochs", 3)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(halfway):
+    folder, whole = halfway
+    before = (folder / "last.pt").read_bytes()
+
+    def shrink_disk():  # writes beyond this fail as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, resource.RLIM_INFINITY))
+
+    done = subprocess.run([sys.executable, PROGRAM, "train", "--resume", folder, "--epochs", "2"],
+                          preexec_fn=shrink_disk, capture_output=True, text=True)
+    assert done.returncode == 2 and "make room" in done.stderr.splitlines()[-1]
+    assert (folder / "last.pt").read_bytes() == before and "Traceback" not in done.stderr
+    run("train", "--resume", folder, "--epochs", 2)
+    assert_same_run(folder, whole)
+
+
+def test_a_run_folder_that_vanishes_is_made_again(root, tmp_path):
+    with start("train", "unet", "--root", root, *TINY, "--epochs", 6, "--out", tmp_path) as process:
+        assert said_until(process, "epoch 1/6  train loss")
+        [folder] = tmp_path.iterdir()
+        process.send_signal(signal.SIGSTOP)
+        while list(folder.glob(".part-*")):  # not in the midst of writing a file
+            process.send_signal(signal.SIGCONT)
+            time.sleep(0.01)
+            process.send_signal(signal.SIGSTOP)
+        shutil.rmtree(folder)
+        process.send_signal(signal.SIGCONT)
+        assert "Traceback" not in process.stderr.read()
+    assert process.returncode == 0 and (folder / "test.json").exists()
+    assert len(read_rows(folder / "metrics.csv")) == 6
+    assert answer("train", "--resume", folder)["run"] == str(folder)
+
+
+@pytest.mark.parametrize("options", [
+    "--lr 0", "--lr 1e9 --clip 0", "--width 1 --batch 1", "--size 33 --batch 7",
+    "--batch 1000", "--size 32 --grow 1 --batch 1 --accumulate 50"])
+def test_extreme_numbers_train_or_stop_with_advice(options, root, tmp_path):
+    words = ["train", "resnet34_unet", "--root", root, *TINY, *options.split(), "--epochs", 2]
+    done = subprocess.run([sys.executable, PROGRAM, *map(str, words), "--out", tmp_path],
+                          capture_output=True, text=True)
+    if done.returncode:
+        assert done.returncode == 2 and "lower --lr" in done.stderr.splitlines()[-1]
+        assert "1e9" in options
+    [folder] = tmp_path.iterdir()
+    state = torch.load(folder / "last.pt", weights_only=True)
+    assert all(tensor.isfinite().all() for tensor in state["network"].values())
+
+
+def test_steps_whose_gradients_are_not_finite_are_left_out_and_counted(toys, tmp_path, capsys,
+                                                                      monkeypatch):
+    calls, real = [], layers.bce_dice_loss
+
+    def sometimes_infinite(logits, target):
+        calls.append(len(calls))
+        return real(logits, target) * (math.inf if calls[-1] in bad else 1)
+
+    monkeypatch.setitem(layers.LOSSES, "bce_dice", sometimes_infinite)
+    words = ["train", "unet", "--root", toys.parent, *TINY, "--batch", 2, "--epochs", 1, "--out",
+             tmp_path]
+    monkeypatch.setattr(petseg, "ARGS", petseg.command_line().parse_args([*map(str, words)]))
+    bad = {0, 7, 8}
+    petseg.main()
+    [folder] = tmp_path.iterdir()
+    [row] = read_rows(folder / "metrics.csv")
+    assert row["skipped"] == "3" and math.isfinite(float(row["train_loss"]))
+    assert "3 steps left out" in capsys.readouterr().err
+    calls, bad = [], set(range(18))
+    with pytest.raises(SystemExit):
+        petseg.main()
+    assert re.search("steps had gradients that were not finite.*--lr", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("batch", [8, 64])
@@ -1048,7 +1221,7 @@ def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(batch, root, tmp_path
                          "--batch", batch, "--clip", 0)["run"])
     state = torch.load(folder / "last.pt", weights_only=True)
     state["settings"] |= {"lr": 1e30, "schedule": "constant"}
-    torch.save(state, folder / "last.pt")
+    petseg.write_checkpoint(state, folder / "last.pt")
     said = refused("train", "--resume", folder, "--epochs", 4)
     assert re.search("nan|inf", said) and "--lr" in said
     tensors, rows = learned(folder)
@@ -1193,22 +1366,70 @@ def test_help_comes_without_torch(words):
 
 
 def test_what_is_no_checkpoint_is_refused(trained, tmp_path):
-    class Code:
-        def __reduce__(self):  # reading it back would make a folder
-            return os.mkdir, (str(tmp_path / "executed"),)
-
     best = trained["unet"] / "best.pt"
     contents = {"text": b"hello", "empty": b"", "random": np.random.default_rng(0).bytes(5000),
                 "cut": best.read_bytes()[:-5000], "last.pt": best.read_bytes()}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-    torch.save({"petseg": "network", "weights": Code()}, tmp_path / "code")
-    torch.save({"weights": torch.zeros(3)}, tmp_path / "alien")
-    for name in ("text", "empty", "random", "cut", "code", "alien", "missing"):
+    for name in ("text", "empty", "random", "cut", "missing"):
         assert str(tmp_path / name) in refused("infer", "--ckpt", tmp_path / name, tmp_path)
-    assert not (tmp_path / "executed").exists()
     assert "best.pt" in refused("eval", "--ckpt", best.with_name("last.pt"))
     assert "last.pt" in refused("train", "--resume", tmp_path)
+
+
+def test_hostile_checkpoints_are_refused_at_once(trained, tmp_path):
+    class Code:
+        def __reduce__(self):  # reading it back would make a folder
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    good = torch.load(trained["unet"] / "best.pt", weights_only=True)
+    weights = good["weights"]
+    name = next(iter(weights))
+    contents = {
+        "code": good | {"weights": Code()}, "alien": {"weights": torch.zeros(3)},
+        "shape": good | {"weights": weights | {name: torch.zeros(3)}},
+        "extra": good | {"weights": weights | {"more": torch.zeros(3)}},
+        "missing": good | {"weights": {n: w for n, w in weights.items() if n != name}},
+        "no-tensor": good | {"weights": weights | {name: "text"}},
+        "nan": good | {"weights": weights | {name: weights[name] * math.nan}},
+        "wide": good | {"width": 10**6}, "wider": good | {"width": 2**40},
+        "negative": good | {"width": -1}, "model": good | {"model": "vgg"},
+        "mean": good | {"mean": (0.5,)}, "untrained": good | {"trained": {}},
+        # a tensor that says it has 10¹² numbers, all of them the same
+        "vast": good | {"weights": weights | {name: torch.zeros(1).expand(10**12)}},
+    }
+    for each, content in contents.items():
+        petseg.write_checkpoint(content, tmp_path / each)
+    torch.save(good, tmp_path / "unsealed")
+    with zipfile.ZipFile(tmp_path / "bomb", "w", zipfile.ZIP_DEFLATED) as bomb:
+        bomb.writestr("archive/data.pkl", bytes(2 * 10**8))
+    (tmp_path / "zeros").write_bytes(bytes(10**7))
+    (tmp_path / "text").write_text("hello")
+    (tmp_path / "folder").mkdir()
+    for path in sorted(tmp_path.iterdir()):
+        with pytest.raises(data.Problem, match=re.escape(str(path))):
+            petseg.load_segmenter(path, "cpu", "fp32")
+    assert not (tmp_path / "executed").exists()
+    line = f"infer --ckpt {tmp_path / 'vast'} {tmp_path}".split()
+    measured = subprocess.run([sys.executable, "-c", MEASURE, PROGRAM, *line], text=True,
+                              capture_output=True)
+    code, kilobytes = map(int, measured.stdout.split())
+    assert code == 2 and kilobytes < 10**6
+
+
+MEASURE = """import resource, subprocess, sys
+done = subprocess.run([sys.executable, *sys.argv[1:]])
+print(done.returncode, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"""
+
+
+def test_no_bit_of_a_checkpoint_flips_unseen(trained, tmp_path):
+    good, random = trained["unet"] / "best.pt", np.random.default_rng(0)
+    petseg.read_checkpoint(good, "network", "cpu")
+    for place in random.random(300):
+        path = Path(shutil.copy(good, tmp_path / "flipped.pt"))
+        flip(path, [place])
+        with pytest.raises(data.Problem, match="damaged"):
+            petseg.read_checkpoint(path, "network", "cpu")
 
 
 @pytest.mark.parametrize("error, advice", [
