@@ -945,7 +945,6 @@ def train(args):
     config = describe(run, device)
 
     def save_state():
-        nonlocal saved
         if not all(weight.isfinite().all() for weight in network.parameters()):
             give_up("the weights are no longer finite")
         data.write_json(folder / "config.json", config)
@@ -959,14 +958,13 @@ def train(args):
         if last.exists():
             os.replace(last, folder / "previous.pt")
         os.replace(new, last)
-        saved = time.monotonic()
+        return time.monotonic()
 
     def give_up(why):
         raise Problem(f"{why} in epoch {epoch}; the last good checkpoint is kept in {folder}; try "
                       "a lower --lr, --clip 1, or --precision fp32")
 
-    saved = 0.0
-    save_state()  # a run can be resumed from its first step on, and a full disk shows at once
+    saved = save_state()  # a run can be resumed from its start on, and a full disk shows at once
     say(f"{'resuming' if state else 'training'} {folder} on {device}\n"
         + ", ".join(f"{name} {value}" for name, value in vars(run).items()))
     images, per_step = len(train_set.names) * run.repeat, run.batch * run.accumulate
@@ -987,9 +985,9 @@ def train(args):
         groups = data.shuffled(len(train_set.names), run.repeat, run.seed, epoch).split(per_step)
         for step in range(step, per_epoch):
             seconds = time.monotonic() - began
-            if stop or run.checkpoint_minutes and (
-                    time.monotonic() - saved > 60 * run.checkpoint_minutes):
-                save_state()
+            overdue = time.monotonic() - saved > 60 * (run.checkpoint_minutes or math.inf)
+            if stop or overdue:
+                saved = save_state()
             if stop:
                 say(f"petseg: stopped in epoch {epoch} and saved; to go on: "
                     f"petseg.py train --resume {folder}")
@@ -1039,7 +1037,7 @@ def train(args):
         draw_samples(folder / "samples.png", segmenter, valid_set, shown)
         epoch, step, seconds = epoch + 1, 0, 0.0
         sums.zero_()
-        save_state()
+        saved = save_state()
     for number, usual in before.items():
         signal.signal(number, usual)
     finish(args, folder, run, history, source)
@@ -1576,9 +1574,11 @@ def main():
         say("petseg: interrupted")
         raise SystemExit(130)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        message = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}" + (
-            "; make room and start again; train goes on with --resume RUN" if full else "")
+        message = f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            message += "; make room and start again; train goes on with --resume RUN"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            message += "; change its permissions, or name another place with --out or --root"
     except (MemoryError, RuntimeError) as error:
         # torch says it by a RuntimeError, on a GPU and on the CPU in these words
         words = ("out of memory", "can't allocate memory", "not enough memory")

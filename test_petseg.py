@@ -5,6 +5,7 @@ were worked out by hand. Nothing here needs a network, a GPU, or a fast machine.
 """
 import copy
 import csv
+import ctypes
 import errno
 import hashlib
 import http.server
@@ -828,6 +829,23 @@ def test_a_picture_is_also_seen_mirrored_and_in_other_sizes():
                                    rtol=0, atol=1e-5)
 
 
+def test_a_prediction_does_not_depend_on_its_neighbours():
+    about = {"model": "unet", "width": 4, "up": "transpose", "dropout": 0.0, "size": 32,
+             "mean": data.MEAN, "std": data.STD}
+    segmenter = petseg.Segmenter(petseg.build(about), about, "fp32")
+    images = torch.rand(7, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = images.to(memory_format=torch.channels_last)
+    logits = petseg.predict(segmenter, images)
+    order = torch.tensor([3, 0, 6, 2, 5, 1, 4])
+    assert torch.equal(petseg.predict(segmenter, images[order]), logits[order])
+    others = torch.cat([images[2:3], torch.rand(6, 3, 32, 32)])
+    others = others.to(memory_format=torch.channels_last)
+    assert torch.equal(petseg.predict(segmenter, others)[0], logits[2])
+    # a batch of another size is summed in another order
+    torch.testing.assert_close(petseg.predict(segmenter, images[2:3])[0], logits[2], rtol=0,
+                               atol=1e-4)
+
+
 def test_a_saved_network_predicts_as_before_its_saving(tmp_path):
     network = layers.UNet(width=2)
     first = network.encoder[0][0]
@@ -1113,13 +1131,17 @@ def test_resume_auto_takes_the_newest_unfinished_run_of_the_same_options(root, t
     assert "a new one starts" in done.stderr and len(list(tmp_path.iterdir())) == 4
 
 
+@pytest.fixture(scope="session")
+def half(root):
+    """The folder of a run that has done one epoch and could go on; to be read only."""
+    return answer("train", "unet", "--root", root, "--out", root / "half", *TINY, "--epochs", 1,
+                  "--schedule", "constant")["run"]
+
+
 @pytest.fixture
-def halfway(root, tmp_path):
-    """The folder of a run of two epochs of which one is done, and what it would have become."""
-    words = ["train", "unet", "--root", root, *TINY, "--epochs", 2, "--schedule", "constant"]
-    whole = Path(answer(*words, "--out", tmp_path / "whole")["run"])
-    folder = Path(answer(*words, "--epochs", 1, "--out", tmp_path / "half")["run"])
-    return folder, whole
+def halfway(half, trained, tmp_path):
+    """A copy of a run of one epoch, to be spoilt, and the folder of what two would make of it."""
+    return shutil.copytree(half, tmp_path / "half"), trained["unet"]
 
 
 def flip(path, places):
@@ -1155,6 +1177,26 @@ def test_a_full_disk_leaves_the_checkpoint_before(halfway):
                           preexec_fn=shrink_disk, capture_output=True, text=True)
     assert done.returncode == 2 and "make room" in done.stderr.splitlines()[-1]
     assert (folder / "last.pt").read_bytes() == before and "Traceback" not in done.stderr
+    run("train", "--resume", folder, "--epochs", 2)
+    assert_same_run(folder, whole)
+
+
+def test_a_read_only_folder_is_named_and_left_as_it_was(halfway):
+    folder, whole = halfway
+    before = files(folder)
+
+    def no_override():  # for root too, who may otherwise write anywhere
+        if sys.platform == "linux":
+            drop_from_bounds, cap_dac_override = 24, 1  # as prctl.h and capability.h number them
+            ctypes.CDLL(None).prctl(drop_from_bounds, cap_dac_override, 0, 0, 0)
+
+    folder.chmod(0o555)
+    done = subprocess.run([sys.executable, PROGRAM, "train", "--resume", folder, "--epochs", "2"],
+                          preexec_fn=no_override, capture_output=True, text=True)
+    folder.chmod(0o755)
+    last = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and re.search(f"^petseg: Permission denied: {folder}.*--out", last)
+    assert files(folder) == before
     run("train", "--resume", folder, "--epochs", 2)
     assert_same_run(folder, whole)
 
