@@ -121,6 +121,8 @@ OTHERS = {
     "url": (PETS_URL, str, "a mirror to download the pets from"),
     "split": ("test", ("train", "valid", "test"), "the pictures that are scored"),
     "save": (None, str, "some of mask,overlay,cutout,panel"),
+    "max_pixels": (100_000_000, POSITIVE, "pictures of more pixels are refused"),
+    "skip_existing": (False, bool, "leave out the pictures whose results are there already"),
     "trainval": (400, POSITIVE, "toys to train with"),
     "test": (100, POSITIVE, "toys to test with"),
     "rounds": (3, POSITIVE, "measurements of each way, of which the median"),
@@ -151,15 +153,15 @@ def command_line():
             sub.add_argument(f"--{option.replace('_', '-')}", default=default, help=what, **how)
         return sub.add_argument
 
-    source = ("data", "root", "url")
+    source = ("data", "root", "url", "max_pixels")
     network = ("ckpt", "threshold", "tta", "device", "precision", *source)
     add = command("train", "train from scratch, score the test split, draw the curves",
-                  "resume", "out", "device", "url", *OPTIONS, out="runs")
+                  "resume", "out", "device", "url", "max_pixels", *OPTIONS, out="runs")
     add("model", nargs="?", choices=MODELS)
     command("eval", "score a split; a table by breed; the worst images in one picture",
             *network, "split", "out", out="evaluation")
     add = command("infer", "masks, overlays, cut-outs of pictures, or of the test split",
-                  *network, "save", "out", out="predictions")
+                  *network, "save", "skip_existing", "out", out="predictions")
     add("pictures", nargs="*", metavar="IMAGE|FOLDER")
     add = command("compare", "the curves of several runs in one picture, and a table",
                   "out", out="compare.png")
@@ -1075,6 +1077,7 @@ def evaluate(args):
 
 
 AGREEMENT = ("dice", "iou", "own_size_dice", "own_size_iou")  # with a truth, where it is known
+ROW = ("file", "output", "pet_share", "left", "top", "right", "bottom", "confidence", *AGREEMENT)
 
 
 def infer_one(segmenter, kinds, out, path, name):
@@ -1082,12 +1085,13 @@ def infer_one(segmenter, kinds, out, path, name):
     photo, side, truth = data.read_image(path), segmenter.about["size"], data.find_truth(path)
     pixels = torch.from_numpy(data.resized(photo, (side, side))[None]).to(segmenter.device)
     small = predict(segmenter, data.floats(pixels))[0, 0].sigmoid().cpu().numpy()
-    large = data.resized(small, photo.size[::-1])
-    mask, true_mask = large >= segmenter.threshold, None
+    mask, true_mask, sure = np.empty(photo.size[::-1], bool), None, 0.0
+    for rows, large in data.enlarged(small, mask.shape):
+        mask[rows] = large >= segmenter.threshold
+        sure += np.maximum(large, 1 - large).sum(dtype=float)
     box = data.picture(mask).getbbox() or (None,) * 4
-    row = {"file": str(path), "output": name, "pet_share": float(mask.mean()),
-           **dict(zip(("left", "top", "right", "bottom"), box)),
-           "confidence": float(np.maximum(large, 1 - large).mean()), **dict.fromkeys(AGREEMENT)}
+    row = dict(zip(ROW, (data.printable(str(path)), name, float(mask.mean()), *box,
+                         sure / mask.size, *[None] * len(AGREEMENT))))
     if truth:
         labels = data.read_trimap(truth)
         if labels.shape != mask.shape:
@@ -1104,6 +1108,51 @@ def infer_one(segmenter, kinds, out, path, name):
     return row
 
 
+def kept_rows(path):
+    """The rows of an earlier table of `infer`, if there is one, by the names of the outputs."""
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [{name: row[name] for name in ROW} for row in csv.DictReader(file)]
+        for row in rows:
+            row |= {name: float(row[name]) if row[name] else None for name in AGREEMENT}
+    except FileNotFoundError:
+        return {}
+    except (KeyError, ValueError, csv.Error) as error:
+        raise Problem(f"{path} is not as infer writes it; move it away, or leave out "
+                      "--skip-existing") from error
+    return {row["output"]: row for row in rows}
+
+
+def infer_all(segmenter, kinds, out, jobs, rows):
+    """Does the jobs, (picture, name) each, adds to `rows` and writes them; returns what failed."""
+    # each core takes a picture from file to file: 342 photos of 500×375 in 9 s on two cores, start
+    # included; one after the other, with both cores on each network pass, 57 took 8 s
+    torch.set_num_threads(1)
+    failed = []
+
+    def segment(job):
+        with data.opened(job[0]) as image:
+            turn = data.turn(image)
+        with turn:
+            return infer_one(segmenter, kinds, out, *job)
+
+    try:
+        for (_, name), found in zip(jobs, data.ahead(segment, jobs, progress("infer"))):
+            if isinstance(found, Problem):
+                failed.append(str(found))
+                continue
+            rows[name] = found
+            if len(rows) % 200 == 0:  # that a kill costs the table no more
+                data.write_table(out / "predictions.csv", list(rows.values()))
+    except KeyboardInterrupt:
+        say("petseg: stopped; all that was written is complete; to go on, give the same command "
+            "with --skip-existing")
+        raise SystemExit(130)
+    finally:
+        data.write_table(out / "predictions.csv", list(rows.values()))
+    return failed
+
+
 def infer(args):
     """Finds the pets in pictures of any size and writes what --save names, and a table of all."""
     segmenter = load_segmenter(args.ckpt, args.device, args.precision, args.threshold, args.tta)
@@ -1117,23 +1166,20 @@ def infer(args):
     if unknown := set(kinds) - set(data.RESULTS):
         raise Problem(f"--save knows {', '.join(data.RESULTS)}, not {', '.join(unknown)}")
 
-    # each core takes a picture from file to file: 342 photos of 500×375 in 9 s on two cores, start
-    # included; one after the other, with both cores on each network pass, 57 took 8 s
-    torch.set_num_threads(1)
-    rows, failed, jobs = [], [], list(zip(paths, data.unique_names(paths)))
-    try:
-        for found in data.ahead(lambda job: infer_one(segmenter, kinds, out, *job), jobs,
-                                progress("infer")):
-            if isinstance(found, Problem):
-                failed.append(str(found))
-            else:
-                rows.append(found)
-    finally:  # after Ctrl-C too the table names what was done
-        data.write_table(out / "predictions.csv", rows)
+    rows = kept_rows(out / "predictions.csv") if args.skip_existing else {}
+    jobs = list(zip(paths, data.unique_names(paths)))
+    left = [(path, name) for path, name in jobs
+            if rows.get(name, {}).get("file") != data.printable(str(path))
+            or not all((out / f"{name}_{kind}.png").is_file() for kind in kinds)]
+    for _, name in left:
+        rows.pop(name, None)
+    failed = infer_all(segmenter, kinds, out, left, rows)
 
-    result = {"out": str(out), "images": len(rows), "failed": failed}
-    text = f"{len(rows)} pictures: {out}"
-    if known := [row for row in rows if row["dice"] is not None]:
+    number, skipped = len(jobs) - len(failed), len(jobs) - len(left)
+    result = {"out": str(out), "images": number, "skipped": skipped, "failed": failed}
+    text = f"{number} pictures: {out}" + (f" ({skipped} were there)" if skipped else "")
+    asked = [rows[name] for _, name in jobs if name in rows]
+    if known := [row for row in asked if row["dice"] is not None]:
         result |= {each: sum(row[each] for row in known) / len(known) for each in AGREEMENT}
         text += (f"\n{len(known)} of known truth: mean Dice {result['dice']:.4f} at the network's "
                  f"size, {result['own_size_dice']:.4f} at their own")
@@ -1566,7 +1612,11 @@ COMMANDS = {"train": train, "eval": evaluate, "infer": infer, "compare": compare
 def main():
     """Runs the subcommand; turns what a user can cause into one line and an exit code."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is half-written is cleared away
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a file's name may be of no alphabet
     try:
+        if "max_pixels" in ARGS:
+            data.allow(ARGS.max_pixels)
         COMMANDS[ARGS.command](ARGS)
     except Problem as problem:
         message = str(problem)
@@ -1587,7 +1637,7 @@ def main():
         message = "not enough memory; lower --batch, --size or --width"
     else:
         return
-    say(f"petseg: {message}")
+    say(f"petseg: {data.printable(message)}")
     raise SystemExit(2)
 
 

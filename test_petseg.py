@@ -7,6 +7,7 @@ import copy
 import csv
 import ctypes
 import errno
+import gzip
 import hashlib
 import http.server
 import io
@@ -18,13 +19,16 @@ import resource
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tarfile
 import threading
 import time
 import zipfile
+import zlib
 from argparse import Namespace
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +45,7 @@ import petseg
 # networks this small gain nothing from a second thread, and lose much where the cores are shared
 torch.set_num_threads(1)
 os.environ |= {"OMP_NUM_THREADS": "1", "no_proxy": "127.0.0.1"}
+pytestmark = pytest.mark.filterwarnings("ignore::Warning:PIL")  # pytest resets what data.py sets
 PROGRAM = Path(__file__).with_name("petseg.py")
 NETWORKS = [layers.UNet, layers.ResNet34UNet]
 TINY = ("--data", "toy", "--size", 32, "--width", 2)
@@ -372,6 +377,8 @@ GREY = RED_BLUE.getchannel("R")  # 200 beside 30
 HALF = GREY.point(lambda value: 255 * (value > 99))  # opaque beside transparent
 SIXTEEN = Image.fromarray(np.asarray(GREY).astype(np.uint16) * 257)
 PALETTE = RED_BLUE.quantize(4)
+FLOATS = np.asarray(GREY, np.float32).copy()
+FLOATS[0, :3] = np.nan, np.inf, -np.inf
 
 
 @pytest.mark.parametrize("name, image, options, left, right", [
@@ -383,6 +390,7 @@ PALETTE = RED_BLUE.quantize(4)
     ("la.png", Image.merge("LA", (GREY, HALF)), {}, (200,) * 3, WHITE),
     ("sixteen.png", SIXTEEN, {}, (200,) * 3, (30,) * 3),
     ("sixteen.tif", SIXTEEN, {}, (200,) * 3, (30,) * 3),
+    ("float.tif", Image.fromarray(FLOATS), {}, WHITE, (38,) * 3),
     ("bits.png", HALF.convert("1"), {}, WHITE, (0, 0, 0)),
     ("gif.jpg", RED_BLUE, {"format": "GIF"}, RED, BLUE),
     ("png.jpg", RED_BLUE, {"format": "PNG"}, RED, BLUE),
@@ -423,6 +431,148 @@ def test_damaged_pictures_are_unreadable_by_name(tmp_path, ending):
                 read(path)
 
 
+FUZZ = int(os.environ.get("PETSEG_FUZZ", 150))  # spoilt pictures; for all: PETSEG_FUZZ=2000 -k fuzz
+SIDES = (0, 1, 255, 9999, 10_000, 32_767, 65_535, 2**31 - 1, 2**32 - 1)
+
+
+def pictures_to_spoil():
+    """Pictures of 83×59 in every format and many modes, as {ending: [bytes, ...]}."""
+    exif, noise = Image.Exif(), np.random.default_rng(0).integers(0, 256, (59, 83, 4), np.uint8)
+    exif[0x0112] = 6
+    rgba = Image.fromarray(noise)
+    rgb, found = rgba.convert("RGB"), {}
+    grey, deep = rgb.convert("L"), Image.fromarray(noise[..., 0].astype(np.uint16) * 257)
+    trimap, palette = Image.fromarray(noise[..., 0] % 3 + 1), rgb.quantize(16)
+    for ending, image, options in (
+            ("jpg", rgb, {"exif": exif}), ("jpg", rgb, {"progressive": True}),
+            ("jpg", rgb.convert("CMYK"), {}), ("png", rgb, {"exif": exif}), ("png", rgba, {}),
+            ("png", trimap, {}), ("png", deep, {}), ("png", palette, {"transparency": 3}),
+            ("gif", palette, {"transparency": 3}),
+            ("gif", palette, {"save_all": True, "append_images": [grey]}),
+            ("tiff", rgb, {"exif": exif}), ("tiff", deep, {}), ("tiff", trimap, {}),
+            ("tiff", rgb, {"compression": "tiff_lzw"}), ("tiff", rgb, {"compression": "jpeg"}),
+            ("tiff", rgb, {"compression": "tiff_deflate"}), ("tiff", rgba, {}),
+            ("tiff", Image.fromarray(noise[..., 0].astype(np.float32)), {}),
+            ("bmp", rgb, {}), ("bmp", palette, {}), ("webp", rgb, {"exif": exif}),
+            ("webp", rgba, {"lossless": True}), ("avif", rgb, {}), ("jp2", rgb, {}),
+            ("ppm", rgb, {})):
+        file = io.BytesIO()
+        if (kind := Image.registered_extensions()[f".{ending}"]) in data.FORMATS:
+            image.save(file, kind, **options)
+            found.setdefault(ending, []).append(file.getvalue())
+    return found
+
+
+def spoilt(rng, pictures):
+    """One of the pictures, spoilt once or more; and an ending, now and then a wrong one."""
+    endings = list(pictures)
+
+    def pick():
+        ending = endings[rng.integers(len(endings))]
+        return ending, bytearray(pictures[ending][rng.integers(len(pictures[ending]))])
+
+    ending, content = pick()
+    for _ in range(rng.integers(1, 3)):
+        way = rng.integers(5)
+        if way == 0:  # bits flipped, half of them in the head
+            for _ in range(rng.integers(1, 12)):
+                content[rng.integers(rng.choice((min(200, len(content)), len(content))))] ^= (
+                    1 << rng.integers(8))
+        elif way == 1:
+            del content[rng.integers(1, len(content)):]
+        elif way == 2:  # the head of another picture
+            other, length = pick()[1], rng.integers(1, 120)
+            content[:length] = other[:length]
+        elif way == 3:  # an absurd width or height, wherever such a number stands
+            side, kind = int(rng.choice((83, 59))), rng.choice(("<H", ">H", "<I", ">I"))
+            at = content.find(struct.pack(kind, side))
+            if at >= 0:
+                size = struct.calcsize(kind)
+                absurd = int(rng.choice(SIDES)) % 2**(8 * size)
+                content[at:at + size] = struct.pack(kind, absurd)
+        else:
+            ending = endings[rng.integers(len(endings))]
+        if content[12:16] == b"IHDR" and len(content) > 33:  # or else a PNG ends at its checksum
+            content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    return ending, bytes(content)
+
+
+@pytest.mark.filterwarnings("ignore::Warning:PIL")
+def test_fuzz_pictures(tmp_path):
+    data.allow(10**8)
+    pictures, seconds, read, refusals = pictures_to_spoil(), [], 0, 0
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for i in range(FUZZ):
+        ending, content = spoilt(np.random.default_rng((2026, i)), pictures)
+        path = tmp_path / f"{i}.{ending}"
+        path.write_bytes(content)
+        began = time.monotonic()
+        for function in (data.read_image, lambda path: data.read_image(path, (32, 32)),
+                         data.read_trimap):
+            try:
+                read += np.asarray(function(path)).size > 0
+            except data.Problem as problem:
+                refusals += path.name in str(problem)
+            except Exception as error:
+                pytest.fail(f"number {i}, {ending}: {error!r}")
+        seconds.append(time.monotonic() - began)
+        path.unlink()
+    assert read and refusals and read + refusals == 3 * FUZZ  # each is read, or named
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert max(seconds) < 10 and peak <= max(memory, 2e9 / 1024)
+    print(f"{FUZZ} files: {read} times read, {refusals} refused; the longest took "
+          f"{max(seconds):.2f} s, peak memory {peak * 1024 / 1e9:.2f} GB")
+
+
+def test_pictures_are_refused_by_the_size_they_claim(tmp_path):
+    path, head = tmp_path / "bomb.png", struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    for allowed, taken in ((40 * 30 - 1, False), (40 * 30, True)):
+        RED_BLUE.save(path)
+        data.allow(allowed)
+        with nullcontext() if taken else pytest.raises(data.Unreadable, match="1,199.*--max-pix"):
+            data.read_image(path)
+    data.allow(10**8)
+    content = bytearray(path.read_bytes())
+    content[16:29], content[29:33] = head, struct.pack(">I", zlib.crc32(b"IHDR" + head))
+    path.write_bytes(content)
+    for read in (data.read_image, data.read_trimap):
+        with pytest.raises(data.Unreadable, match="bomb.png.*100,000,000.*--max-pixels"):
+            read(path)
+    os.remove(path)
+    os.mkfifo(path)  # reading it would never end
+    with pytest.raises(data.Unreadable, match="no such file"):
+        data.read_image(path)
+
+
+def test_of_large_pictures_one_is_in_memory_at_a_time(tmp_path, monkeypatch):
+    paths, inside, most = [tmp_path / f"{i}.png" for i in range(8)], [], []
+    for path in paths:
+        RED_BLUE.save(path)
+
+    def look(path):
+        with data.opened(path):
+            inside.append(path)
+            time.sleep(0.02)
+            most.append(len(inside))
+            inside.remove(path)
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    for limit, together in ((40 * 30 - 1, {1}), (40 * 30, {2, 3, 4})):
+        monkeypatch.setattr(data, "LARGE", limit)
+        most.clear()
+        assert len(list(data.ahead(look, paths, quiet))) == 8 and max(most) in together
+
+
+def test_enlarged_by_bands_is_as_in_one_piece():
+    small = np.random.default_rng(0).random((32, 32), dtype=np.float32)
+    for size in ((2000, 1500), (3, 2_000_000), (7, 5)):
+        bands = list(data.enlarged(small, size))
+        assert len(bands) == {2000: 3, 3: 3, 7: 1}[size[0]]
+        parts = np.concatenate([band for _, band in bands])
+        assert np.abs(parts - data.resized(small, size)).max() < 1e-4
+        assert [row for rows, _ in bands for row in range(size[0])[rows]] == list(range(size[0]))
+
+
 def test_wrong_masks_say_what_was_found_and_what_expected(tmp_path):
     sample = data.Sample("a", tmp_path / "a.jpg", tmp_path / "a.png")
     RED_BLUE.save(sample.image)
@@ -447,6 +597,32 @@ def test_split_rule(tmp_path):
                             annotations / "trimaps" / "Cat_10.png")
     with pytest.raises(data.Problem, match="no test split"):
         data.list_samples(tmp_path, "test")
+    for content, split in (("# nothing else\n", "valid"), ("\n\n", "valid"), ("one", "train")):
+        (annotations / "trainval.txt").write_text(content)
+        with pytest.raises(data.Problem, match=f"the {split} split.*is empty.*trainval.txt"):
+            data.list_samples(tmp_path, split)
+
+
+def test_names_of_any_kind_give_short_plain_names_of_their_own(tmp_path):
+    long, links = "é" * 125 + ".jpg", tmp_path / "links"  # of 254 bytes
+    stems = ["a b", "two\nlines", "-dash", "Cat", "cat", "ü", "\udcff", "x" * 251, "x" * 250]
+    links.mkdir()
+    for name in [f"{stem}.png" for stem in stems] + [long]:
+        (tmp_path / name).write_bytes(b"")
+    (links / "loop").symlink_to(tmp_path)
+    (links / "self.png").symlink_to(links / "self.png")
+    found = data.find_pictures([tmp_path])
+    assert len(found) == len(set(found)) == len(stems) + 1
+    names = dict(zip([path.name for path in found], data.unique_names(found)))
+    assert len({name.casefold() for name in names.values()}) == len(found)
+    assert names["two\nlines.png"] == r"two\nlines" and names["\udcff.png"] == r"\udcff"
+    assert (names["Cat.png"], names["cat.png"], names["-dash.png"]) == ("Cat", "cat-2", "-dash")
+    assert names[long] == "é" * 100 and names["x" * 251 + ".png"] == "x" * 200 + "-2"
+    assert [str(data.Problem(text)) for text in ("a\n\x1b[2J\u202e", "é\\n")] == [
+        r"a\n\x1b[2J\u202e", "é\\n"]  # nothing that a terminal would obey
+    assert data.find_truth(tmp_path / ("y" * 255)) is None
+
+
 
 
 def test_cache_holds_what_the_files_hold(toys, tmp_path):
@@ -498,6 +674,17 @@ def test_cache_leaves_out_what_is_broken_and_leaves_nothing_when_it_fails(pets, 
     with pytest.raises(data.Problem, match="none of"):
         data.open_split(pets, "valid", (32, 32), tmp_path / "cache", quiet)
     assert files(tmp_path / "cache") == before
+
+
+def test_cache_leaves_out_what_is_too_large_until_it_is_allowed(pets, tmp_path):
+    samples = data.list_samples(pets, "valid")
+    for path in samples[1][1:]:
+        Image.open(path).resize((300, 300)).save(path)
+    for most, number in ((300 * 300 - 1, 3), (300 * 300, 4)):
+        data.allow(most)
+        split = data.open_split(pets, "valid", (32, 32), tmp_path / "cache", quiet)
+        assert len(split.names) == number and len(split.skipped) == 4 - number
+    data.allow(10**8)
 
 
 def test_toys_come_from_the_seed_in_the_layout_of_the_pets(tmp_path):
@@ -626,7 +813,13 @@ class Mirror(http.server.BaseHTTPRequestHandler):
         server.asked.append(asked)
         if server.status:
             return self.send_error(server.status)
+        if server.redirect:
+            self.send_response(302)
+            self.send_header("Location", server.redirect)
+            return self.end_headers()
         content = server.files[self.path.rpartition("/")[2]]
+        if server.endless:  # (bytes, seconds between them, the length that is claimed)
+            return self.go_on(*server.endless)
         start = int(asked.removeprefix("bytes=")[:-1]) if asked and server.ranges else 0
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(content) - start))
@@ -636,6 +829,16 @@ class Mirror(http.server.BaseHTTPRequestHandler):
         server.breaks = False
         self.wfile.write(content[start:end])
         server.sent += end - start
+
+    def go_on(self, content, pause, length):
+        self.send_response(200)
+        if length:
+            self.send_header("Content-Length", length)
+        self.end_headers()
+        with suppress(OSError):  # until the other side hangs up
+            while True:
+                self.wfile.write(content)
+                time.sleep(pause)
 
     def log_message(self, *_):
         pass
@@ -647,6 +850,7 @@ def mirror():
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Mirror) as server:
         server.files, server.asked, server.sent = {}, [], 0
         server.ranges, server.breaks, server.status = True, False, None
+        server.redirect = server.endless = None
         server.url = f"http://127.0.0.1:{server.server_port}/pets/"
         threading.Thread(target=server.serve_forever, args=(0.01,)).start()
         yield server
@@ -693,6 +897,33 @@ def test_download_that_fails_says_so_and_leaves_no_pictures(mirror, toys, tmp_pa
     assert set(files(tmp_path)) <= {f"{data.PETS}/images.tar.gz"}
 
 
+@pytest.mark.parametrize("content, pause, length, requests, expected", [
+    (bytes(20_000), 0, None, 1, "more than 0.001 GB"),
+    (b"x", 1, 2_000_000, 1, "more than 0.001 GB"),
+    (b"x", 0.01, 90_000, 3, "fewer than 1000 bytes a second"),
+    (b"x", 0.01, None, 3, "fewer than 1000 bytes a second"), (b"", 1, 90_000, 3, "timed out")])
+def test_download_that_does_not_end_is_given_up(mirror, tmp_path, monkeypatch, content, pause,
+                                                length, requests, expected):
+    monkeypatch.setattr(data, "MOST_BYTES", 10**6)
+    mirror.endless = content, pause, length
+    sums = offer(mirror, images=b"")
+    with pytest.raises(data.DownloadFailed, match=f"images.tar.gz.*{expected}"):
+        data.get_pets(tmp_path, mirror.url, quiet, sums, (0, 0), patience=0.3)
+    assert len(mirror.asked) == requests
+    assert set(files(tmp_path)) <= {f"{data.PETS}/images.tar.gz.part"}
+
+
+@pytest.mark.parametrize("address", ["file://{folder}/", "ftp://127.0.0.1/", "data:text/plain,a"])
+def test_only_http_is_followed(mirror, tmp_path, address):
+    sums, address = offer(mirror, images=b"secret"), address.format(folder=tmp_path)
+    (tmp_path / "images.tar.gz").write_bytes(b"secret")  # of the right checksum
+    mirror.redirect = address + "images.tar.gz"
+    for url in (mirror.url, address):
+        with pytest.raises(data.Problem, match="images.tar.gz.*(not allowed|only http and https)"):
+            data.get_pets(tmp_path / "root", url, quiet, sums, (0, 0))
+    assert len(mirror.asked) == 1 and not files(tmp_path / "root")
+
+
 @pytest.mark.parametrize("name, kind, link", [
     ("../evil", tarfile.REGTYPE, ""), ("images/../../evil", tarfile.REGTYPE, ""),
     ("{outside}/evil", tarfile.REGTYPE, ""), ("other/evil", tarfile.REGTYPE, ""),
@@ -712,7 +943,30 @@ def test_archive_that_leaves_its_folder_is_refused(mirror, tmp_path, name, kind,
     assert not list(tmp_path.rglob("evil*")) and not list(tmp_path.rglob("*.jpg"))
 
 
-@pytest.mark.parametrize("mode, shape", [("L", (7, 5)), ("RGB", (1, 9, 3)), ("RGBA", (6, 1, 4))])
+@pytest.mark.parametrize("members, expected", [
+    ([("images/a", 9, 9)] * 2, "File exists"),
+    ([("images/a/b", 1, 1), ("images/a", 1, 1)], "exists"),
+    ([("images/a", 1, 1), ("images/a/b/c", 1, 1)], "Not a dir"),
+    ([("images/a", 5000, 9)], "unexpected end|not end"), ([("images/a", 9, 5000)], "not end"),
+    ([("images/a", -512, 0)], "images/a|negative|invalid"),
+    ([("images/a", 900_000, 900_000), ("images/b", 200_000, 200_000)], "more than 0.001 GB"),
+    ([(f"images/{i}", 0, 0) for i in range(51)], "or 50 files")])
+def test_archive_that_lies_or_is_a_bomb_is_refused(tmp_path, monkeypatch, members, expected):
+    monkeypatch.setattr(data, "MOST_BYTES", 10**6)
+    monkeypatch.setattr(data, "MOST_MEMBERS", 50)
+    with gzip.open(tmp_path / "images.tar.gz", "wb") as file:
+        for name, said, size in members:
+            member = tarfile.TarInfo(name)
+            member.size = said
+            file.write(member.tobuf(tarfile.GNU_FORMAT) + b"x" * size + bytes(-size % 512))
+        file.write(bytes(1024))
+    with pytest.raises(data.Problem, match=f"images.tar.gz.*({expected})"):
+        data.unpack(tmp_path / "images.tar.gz", tmp_path / "root")
+    assert not files(tmp_path / "root")
+
+
+@pytest.mark.parametrize("mode, shape", [("L", (7, 5)), ("RGB", (1, 9, 3)), ("RGBA", (6, 1, 4)),
+                                         ("RGB", (1100, 1000, 3))])  # the last in two bands
 def test_png_is_read_back_as_it_was(tmp_path, mode, shape):
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     data.save_picture(Image.fromarray(pixels), tmp_path / "any.png")
@@ -1292,6 +1546,124 @@ def test_infer_takes_any_pictures(trained, toys, tmp_path):
     assert len(list(out.iterdir())) == 3 * 3 + 1
 
 
+def test_infer_takes_names_of_any_kind_and_names_what_is_spoilt(trained, tmp_path):
+    spoilt_ones, rng = pictures_to_spoil(), np.random.default_rng(5)
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    (tmp_path / "in" / "deep" / "loop").symlink_to(tmp_path / "in")
+    for i in range(20):
+        ending, content = spoilt(rng, spoilt_ones)
+        (tmp_path / "in" / f"spoilt\n{i}.{ending}").write_bytes(content)
+    good = [b"a b.png", b"two\nlines.png", b"-dash.png", b"Cat.png", b"cat.png", b"\xff.png",
+            b"x" * 251 + b".png", b"x" * 250 + b"y.png"]
+    for name in good:
+        RED_BLUE.save(tmp_path / "in" / os.fsdecode(name))
+    out = tmp_path / os.fsdecode(b"out \xff")
+    words = [sys.executable, PROGRAM, "infer", "--ckpt", trained["unet"] / "best.pt", "--json",
+             "--save", "panel,mask,overlay", "--out", out, "--", "-dash.png", "."]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path / "in")
+    result, rows = json.loads(done.stdout), read_rows(out / "predictions.csv")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    [said] = [line for line in done.stderr.split("\n") if line.startswith("petseg: ")]
+    assert f"{len(result['failed'])} of 29 pictures" in said and r"spoilt\n" in said
+    assert len(rows) == result["images"] == 29 - len(result["failed"]) >= 9
+    assert not any("\n" in value for row in rows for value in row.values())
+    assert len((out / "predictions.csv").read_text().splitlines()) == 1 + len(rows)
+    assert {"-dash", "-dash-2", "Cat", "cat-2", r"two\nlines", r"\udcff", "x" * 200,
+            "x" * 200 + "-2"} < {row["output"] for row in rows}
+    assert {path.name for path in out.iterdir()} == {"predictions.csv"} | {
+        f"{row['output']}_{kind}.png" for row in rows for kind in ("panel", "mask", "overlay")}
+
+
+def test_a_mask_does_not_depend_on_neighbours_or_order(trained, toys, tmp_path):
+    photos, masks = sorted((toys / "images").iterdir())[:9], []
+    for number, pictures in enumerate((photos, photos[::-1], photos[4:5])):
+        out = tmp_path / str(number)
+        run("infer", "--ckpt", trained["unet"] / "best.pt", *pictures, "--save", "mask",
+            "--out", out)
+        masks.append({name: content for name, content in files(out).items() if "mask" in name})
+    assert masks[0] == masks[1] and len(set(masks[0].values())) > 1
+    assert masks[2].items() <= masks[0].items() and len(masks[2]) == 1
+
+
+def test_infer_is_stopped_and_does_the_rest(trained, toys, tmp_path):
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    for i in range(8):
+        for photo in (toys / "images").iterdir():
+            os.link(photo, photos / f"{photo.stem}-{i}.jpg")
+    words = ["infer", "--ckpt", trained["unet"] / "best.pt", photos, "--out", out,
+             "--save", "mask,overlay", "--no-tta"]
+    with subprocess.Popen([sys.executable, PROGRAM, *map(str, words)], stderr=subprocess.PIPE,
+                          text=True) as process:
+        while not list(out.glob("*_overlay.png")):
+            time.sleep(0.01)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+    assert process.returncode == 130 and "Traceback" not in said
+    assert "--skip-existing" in said.splitlines()[-1]
+    first = {row["output"]: row for row in read_rows(out / "predictions.csv")}
+    assert 0 < len(first) < 400 and not list(out.glob(".part-*"))
+    for path in out.glob("*.png"):
+        Image.open(path).load()  # whole
+    there = {path: path.stat().st_mtime_ns for path in out.glob("*.png")
+             if path.name.rpartition("_")[0] in first}
+    assert len(there) == 2 * len(first)
+
+    removed = out / f"{list(first)[0]}_mask.png"
+    removed.unlink()
+    result = answer(*words, "--skip-existing")
+    assert (result["images"], result["skipped"]) == (400, len(first) - 1)
+    rows = {row["output"]: row for row in read_rows(out / "predictions.csv")}
+    assert len(rows) == 400 == len(list(out.glob("*_mask.png"))) and first.items() <= rows.items()
+    assert [path for path in there if path.stat().st_mtime_ns != there[path]] in (
+        [removed, removed.with_name(removed.name.replace("mask", "overlay"))],
+        [removed.with_name(removed.name.replace("mask", "overlay")), removed])
+
+    # a picture of another folder is not taken for the one whose name it has
+    other = shutil.copy(next(photos.iterdir()), tmp_path)
+    words[3] = other
+    assert answer(*words, "--skip-existing")["skipped"] == 0
+    assert str(other) in [row["file"] for row in read_rows(out / "predictions.csv")]
+    (out / "predictions.csv").write_text("file,output\n1,2\n")
+    assert "predictions.csv" in refused(*words, "--skip-existing")
+
+
+def test_infer_holds_fifteen_bytes_for_a_pixel(trained, tmp_path):
+    peaks = []
+    for side in (40, 4000):
+        RED_BLUE.resize((side, side)).save(tmp_path / "a.jpg")
+        words = ["infer", "--ckpt", trained["unet"] / "best.pt", tmp_path / "a.jpg",
+                 "--out", tmp_path / "out"]
+        process = subprocess.Popen([sys.executable, PROGRAM, *map(str, words)])
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        peaks.append(usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+        assert process.returncode == 0
+    assert peaks[1] - peaks[0] < 15 * 4000 * 4000 + 3e7
+    said = refused(*words, "--max-pixels", 15_999_999)
+    assert re.search("a.jpg has more than 15,999,999 pixels.*--max-pixels", said)
+
+
+def test_training_goes_on_from_the_cache(root, tmp_path):
+    """A batch larger than the data, masks of nothing but background, and pictures that vanish."""
+    pets = shutil.copytree(root / data.TOYS, tmp_path / "pets")
+    samples = data.list_samples(pets, "train") + data.list_samples(pets, "valid")
+    for sample in samples:
+        Image.new("L", Image.open(sample.mask).size, 2).save(sample.mask)
+    words = ["train", "unet", "--data", pets, "--root", tmp_path, "--out", tmp_path / "runs",
+             "--size", 32, "--width", 2, "--epochs", 4, "--batch", 64, "--json"]
+    with subprocess.Popen([sys.executable, PROGRAM, *map(str, words)], stderr=subprocess.PIPE,
+                          stdout=subprocess.PIPE, text=True) as process:
+        assert any("epoch 1/4  train loss" in line for line in process.stderr)
+        for sample in samples:
+            sample.image.unlink()
+            sample.mask.write_bytes(b"changed")
+        said, result = process.stderr.read(), json.loads(process.stdout.read())
+    assert process.returncode == 0 and "Traceback" not in said
+    assert len(read_rows(Path(result["run"]) / "metrics.csv")) == 4 and result["images"] == 10
+
+
 def test_infer_without_pictures_shows_the_test_split(trained, root, tmp_path):
     result = answer("infer", "--ckpt", trained["unet"] / "best.pt", "--root", root, "--no-tta",
                     "--threshold", 0, "--out", tmp_path)
@@ -1332,6 +1704,8 @@ def test_data_check(root, pets):
     path = data.list_samples(pets, "test")[2].image
     path.write_bytes(b"spoilt")
     assert path.name in refused("data", "check", "--data", pets)
+    said = refused("data", "check", "--data", pets, "--max-pixels", 99)
+    assert re.search("50 pictures.*--max-pixels", said)
 
 
 def test_without_network_auto_takes_the_toys(toys, tmp_path):
@@ -1516,6 +1890,7 @@ def test_a_cache_that_the_disk_cannot_hold(toys, tmp_path, monkeypatch):
     ("infer --ckpt {run}/best.pt {folder}/nowhere", "nowhere"),
     ("infer --ckpt {run}/best.pt {folder}/empty", "empty"),
     ("infer --ckpt {run}/best.pt {folder} --save drawing", "drawing"),
+    ("train unet --data {folder}/no-test --root {folder} --max-pixels 99", "none.*--max-pixels"),
     ("compare {folder}/empty", "empty"),
 ])
 def test_what_a_user_gets_wrong(words, expected, trained, pets, tmp_path):
