@@ -159,6 +159,8 @@ def opened(path):
         if not os.path.isfile(path):  # a pipe would keep us waiting
             raise OSError("there is no such file")
         with Image.open(path, formats=FORMATS) as image, turn(image):
+            if max(image.size) > 10**6:  # Pillow keeps 12 bytes for each row, however short it is
+                raise ValueError("one side is longer than a million pixels")
             yield image
     except Image.DecompressionBombError as error:
         raise Unreadable(f"{path} has more than {2 * Image.MAX_IMAGE_PIXELS:,.0f} pixels; to take "
@@ -234,8 +236,9 @@ def enlarged(small, size):
     image, scale = Image.fromarray(small), small.shape[0] / size[0]
     for rows in bands(size):
         box = (0, rows.start * scale, small.shape[1], min(rows.stop * scale, small.shape[0]))
-        band = image.resize((size[1], rows.stop - rows.start), Image.Resampling.BILINEAR, box)
-        yield rows, np.asarray(band)
+        # down before across: Pillow's own order makes 128 rows of a picture of one very wide row
+        band = image.resize((image.width, rows.stop - rows.start), Image.Resampling.BILINEAR, box)
+        yield rows, np.asarray(band.resize((size[1], band.height), Image.Resampling.BILINEAR))
 
 
 def read_pair(sample, size):
@@ -883,8 +886,8 @@ def save_picture(image, path):
 def overlay(photo, mask):
     """The photo with the pet tinted and its contour drawn, dark beside light on any ground."""
     inside, result = picture(mask), photo.copy()
-    soft = inside.filter(ImageFilter.BoxBlur(max(1, max(photo.size) / 300)))
-    contour = soft.point([255 * (6 < value < 249) for value in range(256)])
+    contour = inside.filter(ImageFilter.BoxBlur(max(1, max(photo.size) / 300))).point(
+        [255 * (6 < value < 249) for value in range(256)])
     result.paste(PET, mask=inside.point(lambda value: value * 0.35))
     result.paste((20, 20, 20), mask=contour)
     result.paste("white", mask=ImageChops.darker(contour, inside))

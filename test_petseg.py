@@ -538,6 +538,9 @@ def test_pictures_are_refused_by_the_size_they_claim(tmp_path):
     for read in (data.read_image, data.read_trimap):
         with pytest.raises(data.Unreadable, match="bomb.png.*100,000,000.*--max-pixels"):
             read(path)
+    Image.new("1", (1, 10**6 + 1)).save(path)
+    with pytest.raises(data.Unreadable, match="a million"):
+        data.read_image(path)
     os.remove(path)
     os.mkfifo(path)  # reading it would never end
     with pytest.raises(data.Unreadable, match="no such file"):
@@ -831,7 +834,7 @@ class Mirror(http.server.BaseHTTPRequestHandler):
         server.sent += end - start
 
     def go_on(self, content, pause, length):
-        self.send_response(200)
+        self.send_response(206 if self.headers.get("Range") else 200)
         if length:
             self.send_header("Content-Length", length)
         self.end_headers()
