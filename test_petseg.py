@@ -1110,8 +1110,9 @@ def test_a_saved_network_predicts_as_before_its_saving(tmp_path):
         first.conv.weight *= 300
         first.bn.running_var *= 300**2
     about = {"petseg": "network", "model": "unet", "width": 2, "up": "transpose", "dropout": 0.0,
-             "mean": data.MEAN, "std": data.STD}
-    petseg.save_network(tmp_path / "best.pt", network, about, {})
+             "size": 32, "mean": data.MEAN, "std": data.STD}
+    made = {"data": "toy", "root": "data", "command": "train unet"}
+    petseg.save_network(tmp_path / "best.pt", network, about, made)
     images = torch.rand(2, 3, 32, 32)
     before, after = (petseg.predict(segmenter, images) for segmenter in (
         petseg.Segmenter(network, about, "fp32"),
