@@ -1704,7 +1704,7 @@ def test_the_weights_that_come_with_the_program(model, largest, toys, tmp_path):
     assert path.stat().st_size <= largest
     made = torch.load(path, weights_only=True)["trained"]
     assert made["command"].startswith(f"petseg.py train {model} --data pets")
-    assert len(made["commit"]) == 40 and made["machine"] and made["seed"] == 0
+    assert len(made["commit"]) == 40 and made["machine"] and made["seed"] >= 0
     assert 0 < made["epoch"] <= made["epochs"] and made["seconds"] > 0
     assert made["valid_dice"] > 0.93 and made["valid_iou"] > 0.88
     photo = min((toys / "images").iterdir())
