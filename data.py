@@ -1,11 +1,12 @@
 """data.py: files to tensors and tensors to files.
 
-Read from top to bottom: safe writing, one picture and its trimap, the pets' folder, the download,
-the toy pets, the cache (every picture decoded once), augmentation and batches, and at the end the
-pictures that the program draws. This is the only file that knows Pillow.
+Read from top to bottom: safe writing, one picture and its mask, a folder of labelled pictures, the
+download, the toy pets, the cache (every picture decoded once), augmentation and batches, and at the
+end the pictures that the program draws. This is the only file that knows Pillow.
 
-A label is a byte: 0 background, 1 pet, 2 the border between them; `targets` turns labels into
-what is learned, where 255 is a pixel that does not count. A size is (height, width) everywhere.
+A label is a byte: the number of a class, 0 the background; 128 more is the border of that class,
+255 a pixel that does not count. `targets` turns labels into what is learned. A size is (height,
+width) everywhere.
 """
 import csv
 import hashlib
@@ -126,7 +127,7 @@ def ahead(function, items, report):
         pool.shutdown(cancel_futures=True)  # after Ctrl-C only what is begun is brought to its end
 
 
-# ----------------------------------------------------------------------- one picture, one trimap
+# ------------------------------------------------------------------------- one picture, one mask
 
 # what Pillow raises at files that are cut off, damaged, or no pictures at all
 BROKEN = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, RuntimeError,
@@ -137,7 +138,8 @@ FORMATS = [kind for kind in ("JPEG", "PNG", "GIF", "TIFF", "BMP", "WEBP", "AVIF"
 warnings.filterwarnings("ignore", module="PIL")  # a file is good enough to be read, or it is named
 ORIENTATION = 0x0112  # EXIF's tag; from 5 on, width and height change places
 LARGE, LARGE_ONE = 25_000_000, threading.RLock()  # pixels; what to hold while such a one is about
-TRIMAP = np.array((255, 1, 0, 2), dtype=np.uint8)  # what a trimap's 1, 2, 3 are as labels
+EDGE, VOID = 128, 255  # labels: EDGE + 1 is the border of class 1; VOID does not count
+COLOUR = 1 << 24  # what a mask's colour #rrggbb is as a number: COLOUR + 0xrrggbb
 
 
 def allow(pixels):
@@ -202,15 +204,31 @@ def read_image(path, size=None, mask_size=None):
         return image.resize(size[::-1], Image.Resampling.BILINEAR) if size else image
 
 
-def read_trimap(path):
-    """A trimap of the pets as labels of its own size: 0 background, 1 pet, 2 border."""
+def mask_numbers(path):
+    """A mask as one whole number a pixel: the one that stands there, or its colour."""
     with opened(path) as image:
-        values = np.asarray(image)
-    if values.ndim != 2 or not np.isin(values, (1, 2, 3)).all():
-        found = "colours" if values.ndim != 2 else ", ".join(map(str, np.unique(values)[:9]))
-        raise Problem(f"the trimap {path} holds {found}; expected one number a pixel: "
-                      "1 = pet, 2 = background, 3 = border")
-    return TRIMAP[values.astype(np.uint8)]
+        if image.mode in ("RGB", "RGBA"):
+            return COLOUR + np.asarray(image.convert("RGB"), np.int32) @ (1 << 16, 1 << 8, 1)
+        if image.mode not in ("1", "L", "P", "LA", "PA", "I", "I;16"):
+            raise Problem(f"the mask {path} is of the kind {image.mode}; expected a number or a "
+                          "colour a pixel")
+        return np.asarray(image.getchannel(0)).astype(np.int32)
+
+
+def shown(numbers):
+    """Numbers of a mask as people write them, the first nine."""
+    words = [f"#{n - COLOUR:06x}" if n >= COLOUR else str(n) for n in list(numbers)[:10]]
+    return ", ".join(words[:9]) + (" …" if len(words) > 9 else "")
+
+
+def read_mask(path, codes):
+    """A mask as labels of its own size; `codes` says which label each of its numbers stands for."""
+    numbers, known = mask_numbers(path), np.array(sorted(codes))
+    places = np.searchsorted(known, numbers).clip(max=len(known) - 1)
+    if (known[places] != numbers).any():
+        raise Problem(f"the mask {path} holds {shown(np.unique(numbers))}; expected of its layout: "
+                      f"{shown(codes)}")
+    return np.array([codes[number] for number in known.tolist()], dtype=np.uint8)[places]
 
 
 def picture(array):
@@ -232,65 +250,258 @@ def bands(size, pixels=1 << 20):
 
 
 def enlarged(small, size):
-    """Yields (rows, those rows of an array of floats enlarged to `size`), band by band."""
-    image, scale = Image.fromarray(small), small.shape[0] / size[0]
-    for rows in bands(size):
-        box = (0, rows.start * scale, small.shape[1], min(rows.stop * scale, small.shape[0]))
+    """Yields (rows, those rows of floats (C, H, W) enlarged to `size`), band by band."""
+    channels, (_, height, width) = [Image.fromarray(each) for each in small], small.shape
+    for rows in bands(size, (1 << 20) // len(small) + 1):
+        high, scale = rows.stop - rows.start, height / size[0]
+        box = (0, rows.start * scale, width, min(rows.stop * scale, height))
         # down before across: Pillow's own order makes 128 rows of a picture of one very wide row
-        band = image.resize((image.width, rows.stop - rows.start), Image.Resampling.BILINEAR, box)
-        yield rows, np.asarray(band.resize((size[1], band.height), Image.Resampling.BILINEAR))
+        found = [each.resize((width, high), Image.Resampling.BILINEAR, box)
+                 .resize((size[1], high), Image.Resampling.BILINEAR) for each in channels]
+        yield rows, np.stack(found)
 
 
 def read_pair(sample, size):
     """One photo and its labels as arrays of bytes, (H, W, 3) and (H, W)."""
-    labels = read_trimap(sample.mask)
+    labels = read_mask(sample.mask, sample.codes)
     image = read_image(sample.image, size, labels.shape)
     return np.asarray(image), resized(labels, size, "NEAREST")
 
 
-# ------------------------------------------------------------------------------ the pets' folder
+# ------------------------------------------------------------------ a folder of labelled pictures
 
 PETS, TOYS = "oxford-iiit-pet", "toy-pets"
+PET_CODES, CAT_CODES, DOG_CODES = ({1: pet, 2: 0, 3: EDGE + pet} for pet in (1, 1, 2))
 
 
 class Sample(NamedTuple):
-    """One labelled photo: its name and where its files are."""
+    """One labelled photo: its name, where its files are, and what its mask's numbers stand for."""
     name: str
     image: Path
     mask: Path
+    codes: dict
 
 
-def list_samples(folder, split):
-    """The samples of "train", "valid" or "test" in a folder laid out like the Oxford-IIIT Pets.
+class Source(NamedTuple):
+    """A folder of labelled pictures, as it was understood."""
+    folder: Path
+    layout: str    # in words
+    classes: list  # their names
+    splits: dict   # {"train": [Sample, ...], "valid": [...], "test": [...] where there is one}
+    drawn: dict    # the names in "valid" and "test", where not the folder says it but the lot
+    notes: list    # what was left out or might be meant otherwise, a line each
 
-    Every tenth line of trainval.txt, the first included, is valid, the others are train: nothing
-    is shuffled, so the split is that of everyone who does the same.
-    """
+
+def look(folder, cache, report, classes="pet", cityscapes="19", drawn=None):
+    """Understands a folder by what lies in it. `classes` is for the pets, "pet" or "species";
+    `cityscapes` 19 or 30 classes; `drawn` what another Source of this folder said."""
     folder = Path(folder)
-    listing = folder / "annotations" / ("test.txt" if split == "test" else "trainval.txt")
     if not folder.is_dir():
         raise Problem(f"there is no folder {folder}; name one with --data")
-    if not listing.is_file() and split == "test":
-        raise Problem(f"{folder} has no test split (no annotations/test.txt); eval can take "
-                      "--split valid")
-    if not listing.is_file():
-        raise Problem(f"{folder} does not look like the pets: there is no {listing}; expected "
-                      "images/NAME.jpg, annotations/trimaps/NAME.png, annotations/trainval.txt")
-    lines = listing.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-    names = [line.split()[0] for line in lines if line.strip() and not line.startswith("#")]
-    if split != "test":
-        names = [name for i, name in enumerate(names) if (i % 10 == 0) == (split == "valid")]
-    if not names:
-        raise Problem(f"the {split} split of {folder} is empty; {listing} names too few pictures")
-    trimaps = folder / "annotations" / "trimaps"
-    return [Sample(name, folder / "images" / f"{name}.jpg", trimaps / f"{name}.png")
-            for name in names]
+    if (folder / "annotations").is_dir():
+        return look_at_pets(folder, classes)
+    if (folder / "leftImg8bit").is_dir():
+        return look_at_cityscapes(folder, cityscapes)
+    parts = {"train": ["train"], "valid": ["val", "valid"], "test": ["test"]}
+    parts = {split: folder / name for split, names in parts.items() for name in names
+             if (folder / name / "images").is_dir()}
+    if "train" in parts and "valid" not in parts:
+        raise Problem(f"{folder} has a train/, but no val/ to choose the best epoch by; make one, "
+                      "or put all into images/ and masks/ without train/")
+    if "train" not in parts and not (folder / "images").is_dir():
+        raise Problem(f"{folder} is not understood; expected images/ and masks/, or train/ and val/"
+                      " with images/ and masks/ in each, or the pets' images/ and annotations/, or "
+                      "Cityscapes' leftImg8bit/ and gtFine/")
+    notes = []
+    if "train" in parts:
+        layout = ", ".join(f"{path.name}/" for path in parts.values()) + " with images/ and masks/"
+        found = {split: match(path / "images", path / "masks", notes)
+                 for split, path in parts.items()}
+        drawn = {}
+    else:
+        layout, pairs = "images/ and masks/", match(folder / "images", folder / "masks", notes)
+        drawn = drawn or draw_lots([name for name, *_ in pairs], folder)
+        of = {name: split for split, names in drawn.items() for name in names}
+        found = {split: [pair for pair in pairs if of.get(pair[0], "train") == split]
+                 for split in ("train", "valid", "test")}
+    masks = [mask for pairs in found.values() for *_, mask in pairs]
+    listed = folder / "classes.txt"
+    lines = listed.read_text("utf-8-sig", "replace").splitlines() if listed.is_file() else []
+    codes, classes = meaning(folder, numbers_in(masks, cache, report),
+                             [line for line in lines if line.strip()], notes)
+    return Source(folder, layout, classes, {
+        split: [Sample(*pair, codes) for pair in pairs] for split, pairs in found.items()},
+        drawn, notes)
 
 
-def splits(folder):
-    """The splits that a folder has."""
-    has_test = (Path(folder) / "annotations" / "test.txt").is_file()
-    return ("train", "valid", "test") if has_test else ("train", "valid")
+def samples(source, split):
+    """The samples of a split, where there is such a split."""
+    if split not in source.splits:
+        raise Problem(f"{source.folder} has no test split; eval can take --split valid")
+    return source.splits[split]
+
+
+def look_at_pets(folder, classes):
+    """The layout of the Oxford-IIIT Pets. Every tenth line of trainval.txt, the first included, is
+    valid, the others are train: nothing is shuffled, so the split is that of everyone who does the
+    same. A line is a name, and may go on with a breed, a species (1 cat, 2 dog), and another."""
+    lists = {}
+    for listing in ("trainval", "test"):
+        path = folder / "annotations" / f"{listing}.txt"
+        if listing == "test" and not path.is_file():
+            continue
+        if not path.is_file():
+            raise Problem(f"{folder} does not look like the pets: there is no {path}; expected "
+                          "images/NAME.jpg, annotations/trimaps/NAME.png, annotations/trainval.txt")
+        lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+        lists[listing] = [line.split() for line in lines
+                          if line.strip() and not line.startswith("#")]
+    lines = lists.pop("trainval")
+    lists["train"] = [line for i, line in enumerate(lines) if i % 10]
+    lists["valid"] = lines[::10]
+
+    def sample(line):
+        name, codes = line[0], PET_CODES
+        if classes == "species":
+            codes = {"1": CAT_CODES, "2": DOG_CODES}.get("".join(line[2:3]))
+            if not codes:
+                raise Problem(f"{folder} does not say of what species {name} is: expected in its "
+                              "list NAME BREED SPECIES, a species being 1 (cat) or 2 (dog)")
+        return Sample(name, folder / "images" / f"{name}.jpg",
+                      folder / "annotations" / "trimaps" / f"{name}.png", codes)
+
+    for split, lines in lists.items():
+        if not lines:
+            listing = folder / "annotations" / ("test.txt" if split == "test" else "trainval.txt")
+            raise Problem(f"the {split} split of {folder} is empty; {listing} names too few "
+                          "pictures")
+    names = ["background", "pet"] if classes == "pet" else ["background", "cat", "dog"]
+    splits = {split: [*map(sample, lists[split])] for split in ("train", "valid", "test")
+              if split in lists}
+    return Source(folder, "the pets' layout", names, splits, {}, [])
+
+
+# the 30 classes of Cityscapes, in the order of their ids from 4 on, and the 19 of its benchmark
+CITYSCAPES = ("static dynamic ground road sidewalk parking rail-track building wall fence "
+              "guard-rail bridge tunnel pole polegroup traffic-light traffic-sign vegetation "
+              "terrain sky person rider car truck bus caravan trailer train motorcycle "
+              "bicycle").split()
+BENCHMARK = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
+
+
+def look_at_cityscapes(folder, number):
+    """Cityscapes as it is unpacked (https://www.cityscapes-dataset.com); its test part has no
+    truth."""
+    ids, notes = BENCHMARK if number == "19" else range(4, 34), []
+    codes = dict.fromkeys(range(256), VOID) | {each: label for label, each in enumerate(ids)}
+    splits = {}
+    for split, name in (("train", "train"), ("valid", "val")):
+        photos, masks = (folder / part / name for part in ("leftImg8bit", "gtFine"))
+        pairs = match(photos, masks, notes, "_leftImg8bit", ("_gtFine_labelIds",))
+        splits[split] = [Sample(*pair, codes) for pair in pairs]
+    return Source(folder, "Cityscapes", [CITYSCAPES[each - 4] for each in ids], splits, {}, notes)
+
+
+def match(photos, masks, notes, photo_end="", mask_ends=("", "_mask", "_label", "_gt")):
+    """(name, photo, mask) for all photos that have a mask of the same name, ending aside; adds to
+    `notes` what is left out."""
+    def by_name(folder):
+        if not folder.is_dir():
+            raise Problem(f"there is no folder {folder}; photos and masks lie beside each other")
+        return {path.relative_to(folder).with_suffix("").as_posix(): path
+                for path in find_pictures([folder])}
+
+    pairs, of, lonely = [], by_name(masks), []
+    for name, photo in by_name(photos).items():
+        name = name.removesuffix(photo_end)
+        mask = next((of.pop(name + end) for end in mask_ends if name + end in of), None)
+        if mask:
+            pairs.append((name, photo, mask))
+        else:
+            lonely.append(photo)
+    spare = [path for name, path in of.items() if name.endswith(mask_ends)]
+    for what, paths, other in (("pictures", lonely, masks), ("masks", spare, photos)):
+        if paths:
+            notes.append(f"{len(paths)} {what} have no partner in {other} and are left out; the "
+                         f"first: {', '.join(map(str, paths[:5]))}")
+    if not pairs:
+        raise Problem(f"no picture in {photos} has a mask in {masks}; expected the same name, or "
+                      f"with one of {', '.join(filter(None, mask_ends))} after it")
+    return pairs
+
+
+def draw_lots(names, folder):
+    """Which of the names are to choose by and to test with, a tenth each, by lot: always the same
+    of the same names."""
+    if len(names) < 3:
+        raise Problem(f"{folder} has {len(names)} labelled pictures; at least 3 are needed, to "
+                      "train with, to choose the best epoch by, and to test with")
+    tenth = max(1, len(names) // 10)
+    lots = [names[i] for i in torch.randperm(len(names), generator=generator("split"))]
+    return {"valid": sorted(lots[:tenth]), "test": sorted(lots[tenth:2 * tenth])}
+
+
+def fingerprint(paths, *more):
+    """A short text that changes with the files' sizes and times, and with what else is given."""
+    stats = [os.stat(path) if path.exists() else None for path in paths]
+    facts = [[(s.st_size, s.st_mtime_ns) if s else 0 for s in stats], *more]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def numbers_in(masks, cache, report):
+    """Every number, or colour, that stands in one of the masks, in order; looked up once."""
+    place = Path(cache) / f"numbers-{fingerprint(masks, [str(mask) for mask in masks])}.json"
+    if not place.is_file():
+        found = set()
+        for numbers in ahead(lambda mask: np.unique(mask_numbers(mask))[:10**4], masks, report):
+            if isinstance(numbers, Problem) and not isinstance(numbers, Unreadable):
+                raise numbers
+            found.update(() if isinstance(numbers, Problem) else numbers.tolist())
+        write_json(place, sorted(found))
+    return json.loads(place.read_text())
+
+
+def meaning(folder, numbers, listed, notes):
+    """What the numbers found in masks stand for: {number: label}, and the names of the classes.
+    `listed` are the lines of classes.txt, a name each, or a name and a colour as in car 64 0 128;
+    a last line "void" stands for what does not count."""
+    if len(numbers) < 2:
+        raise Problem(f"all masks of {folder} hold {shown(numbers) or 'nothing'}; there is nothing "
+                      "to tell apart")
+    coloured = numbers[0] >= COLOUR
+    if not coloured and numbers[-1] >= COLOUR:
+        raise Problem(f"some masks of {folder} hold numbers, others colours; make them all alike")
+    if len(numbers) > 100 and not listed:
+        raise Problem(f"the masks of {folder} hold {len(numbers):,} numbers or colours: so do "
+                      "photos, and masks kept as JPEG; are images and masks swapped?")
+    words, void = [line.split() for line in listed], {255: VOID}
+    if coloured and words and all(len(line) > 3 for line in words):
+        keys = [COLOUR + int(np.array(line[-3:], int) @ (1 << 16, 1 << 8, 1)) for line in words]
+        names = [" ".join(line[:-3]) for line in words]
+    elif coloured:
+        keys, names = numbers, listed or [shown([number]) for number in numbers]
+        if len(names) != len(keys):
+            raise Problem(f"{folder / 'classes.txt'} names {len(names)} classes, the masks hold "
+                          f"{len(keys)} colours: {shown(keys)}; say which is which, as in: "
+                          "car 64 0 128")
+    elif set(numbers) <= {0, 255} and (not listed or listed[-1] != "void"):
+        keys, names, void = [0, 255], listed or ["background", "foreground"], {}
+        notes.append("masks hold 0 and 255 alone: 255 is taken as class 1")
+    elif listed:
+        keys, names = [*range(len(listed))], listed
+    else:
+        keys = [number for number in numbers if number != 255]
+        names = ["background", "foreground"] if keys == [0, 1] else [f"class {n}" for n in keys]
+    if names[-1] == "void":
+        void, keys, names = void | {keys[len(names) - 1]: VOID}, keys[:len(names) - 1], names[:-1]
+    if unknown := set(numbers) - set(keys) - set(void):
+        raise Problem(f"masks of {folder} hold {shown(sorted(unknown))}, which its classes.txt "
+                      f"does not name; it names {shown(keys)}")
+    if not 2 <= len(names) <= 100:
+        raise Problem(f"{folder} has {len(names)} classes; 2 to 100 can be learned")
+    if 255 in numbers and void.get(255) == VOID:
+        notes.append("255 in masks is taken as void: neither learned nor scored")
+    return void | {key: label for label, key in enumerate(keys)}, names
 
 
 def find_pictures(paths):
@@ -334,12 +545,11 @@ def find_truth(image):
     return path if os.path.isfile(path) else None  # Path.is_file raises where a name is too long
 
 
-def check(folder, progress):
+def check(source, progress):
     """Reads every picture of every split; returns {split: (number, [what is wrong, ...])}.
     `progress(what)` gives the function that is told of each step, here and in `get_pets`."""
     result = {}
-    for split in splits(folder):
-        samples = list_samples(folder, split)
+    for split, samples in source.splits.items():
         pairs = decoded(samples, (32, 32), progress(f"check {split}"))
         result[split] = len(samples), [str(pair) for pair in pairs if isinstance(pair, Problem)]
     return result
@@ -651,21 +861,20 @@ def decoded(samples, size, report):
     return ahead(lambda sample: read_pair(sample, size), samples, report)
 
 
-def open_split(folder, split, size, cache, report):
-    """A split of a pets' folder at `size`, from `cache`, where its first use writes it.
+def open_split(source, split, size, cache, report):
+    """A split of a source at `size`, from `cache`, where its first use writes it.
 
-    The cache's name holds names, sizes and times of all files, and what `allow` has set: a changed
-    folder gets a new one.
+    The cache's name holds names, sizes and times of all files, what their numbers stand for, and
+    what `allow` has set: when any of it changes there is a new one.
     """
-    samples = list_samples(folder, split)
-    stats = [os.stat(path) if path.exists() else None for s in samples for path in s[1:]]
-    facts = [[s.name for s in samples], [(s.st_size, s.st_mtime_ns) if s else 0 for s in stats],
-             Image.MAX_IMAGE_PIXELS]
-    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    place = Path(cache) / f"{Path(folder).resolve().name}-{split}-{size[0]}x{size[1]}-{key}"
+    found = samples(source, split)
+    key = fingerprint([path for sample in found for path in (sample.image, sample.mask)],
+                      [(sample.name, [*sample.codes.items()]) for sample in found],
+                      Image.MAX_IMAGE_PIXELS)
+    place = Path(cache) / f"{source.folder.resolve().name}-{split}-{size[0]}x{size[1]}-{key}"
     if not place.is_dir():
         try:
-            build_cache(place, samples, size, report)
+            build_cache(place, found, size, report)
         except OSError:
             if not place.is_dir():  # else another run has written the same cache in the meantime
                 raise
@@ -820,13 +1029,17 @@ def augment(images, labels, random, size=None, share=1.0, flip=0.0, vflip=0.0, r
     return images, labels.squeeze(1).to(torch.uint8)
 
 
-def targets(labels, border="foreground", random=None):
-    """Labels to what is learned: 0 background, 1 pet, 255 not counted. The border is taken as
-    "foreground", "background" or "ignore", or each connected region of it as one of the first two
-    with probability ½ ("random")."""
-    edge = labels == 2
+def targets(labels, border="foreground", random=None, classes=2):
+    """Labels to what is learned: the number of a class, 255 not counted. A border is taken as what
+    it is the border of ("foreground"), as "background", "ignore", as a "class" of its own, the last
+    of `classes`, or each connected region as one of the first two with probability ½ ("random")."""
+    edge = (labels >= EDGE) & (labels != VOID)
+    inner = torch.where(edge, labels - EDGE, labels)
+    if border == "foreground":
+        return inner
     if border != "random":
-        return torch.where(edge, {"foreground": 1, "background": 0, "ignore": 255}[border], labels)
+        return torch.where(edge, {"background": 0, "ignore": VOID, "class": classes - 1}[border],
+                           labels)
     root = torch.arange(labels.numel() + 1, device=labels.device)
     numbers = root[1:].view_as(labels) * edge        # (B, H, W): at first each is its own region
     while True:
@@ -837,16 +1050,22 @@ def targets(labels, border="foreground", random=None):
         root = root[root]  # follow the chains that this makes; some five rounds join everything
         numbers = root[root][numbers]
     drawn = torch.randint(2, root.shape, generator=random).to(labels.device, torch.uint8)
-    return torch.where(edge, drawn[numbers], labels)
+    return torch.where(edge, drawn[numbers] * inner, labels)
 
 
 # ----------------------------------------------------------------------------- pictures: results
 
-PET = (230, 97, 1)  # orange: colour-blind eyes tell it too
+# the colours of classes 1, 2, …: those of Okabe and Ito, which colour-blind eyes tell apart, then
+# the same darker and lighter; 0, the background, is black, and left as it is in overlays
+HUES = np.array([(230, 97, 1), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178),
+                 (204, 121, 167), (230, 159, 0), (150, 150, 150)])
+COLOURS_OF_CLASSES = [(0, 0, 0), *map(tuple, np.concatenate(
+    [HUES, HUES * 0.55, 255 - (255 - HUES) * 0.45] * 5)[:100].astype(int).tolist())]
 
 
 def png(image):
-    """Yields the parts of a PNG file (https://www.w3.org/TR/png-3/) of a grey, RGB or RGBA picture.
+    """Yields the parts of a PNG file (https://www.w3.org/TR/png-3/) of a picture in grey, RGB, RGBA
+    or a palette.
 
     Each row is stored as its difference from the row above, and packed by run lengths: an overlay
     of 500×375 in 4.4 ms where Pillow, which tries five kinds of difference, takes 10.8 at its
@@ -856,10 +1075,12 @@ def png(image):
         check = struct.pack(">I", zlib.crc32(kind + content))
         return struct.pack(">I", len(content)) + kind + content + check
 
-    colour, above = {"L": 0, "RGB": 2, "RGBA": 6}[image.mode], 0
+    colour, above = {"L": 0, "RGB": 2, "P": 3, "RGBA": 6}[image.mode], 0
     packer = zlib.compressobj(1, strategy=zlib.Z_RLE)
     yield b"\x89PNG\r\n\x1a\n"
     yield chunk(b"IHDR", struct.pack(">IIBBBBB", *image.size, 8, colour, 0, 0, 0))
+    if image.mode == "P":
+        yield chunk(b"PLTE", bytes(image.getpalette()))
     for rows in bands(image.size[::-1]):
         pixels = np.asarray(image.crop((0, rows.start, image.width, rows.stop)))
         pixels = pixels.reshape(len(pixels), -1)
@@ -883,43 +1104,74 @@ def save_picture(image, path):
             image.save(new, kind)
 
 
+def mask_picture(mask, classes):
+    """A mask of class numbers as a picture: white on black, or in the palette of the classes."""
+    if len(classes) == 2:
+        return picture(mask > 0)
+    image = Image.fromarray(mask, "L")
+    image.putpalette(sum(COLOURS_OF_CLASSES[:len(classes)], ()))
+    return image
+
+
 def overlay(photo, mask):
-    """The photo with the pet tinted and its contour drawn, dark beside light on any ground."""
-    inside, result = picture(mask), photo.copy()
-    contour = inside.filter(ImageFilter.BoxBlur(max(1, max(photo.size) / 300))).point(
-        [255 * (6 < value < 249) for value in range(256)])
-    result.paste(PET, mask=inside.point(lambda value: value * 0.35))
-    result.paste((20, 20, 20), mask=contour)
-    result.paste("white", mask=ImageChops.darker(contour, inside))
+    """The photo with each class tinted and its contour drawn, dark beside light on any ground."""
+    result = photo.copy()
+    for label in range(1, int(mask.max()) + 1):
+        inside = picture(mask == label)
+        if inside.getbbox():
+            contour = inside.filter(ImageFilter.BoxBlur(max(1, max(photo.size) / 300))).point(
+                [255 * (6 < value < 249) for value in range(256)])
+            result.paste(COLOURS_OF_CLASSES[label], mask=inside.point(lambda value: value * 0.35))
+            result.paste((20, 20, 20), mask=contour)
+            result.paste("white", mask=ImageChops.darker(contour, inside))
     return result
 
 
 def cutout(photo, mask):
-    """The pet alone; everything else is transparent, and gone."""
+    """What is no background alone; everything else is transparent, and gone."""
     alone = Image.new("RGBA", photo.size)
-    alone.paste(photo, mask=picture(mask))
+    alone.paste(photo, mask=picture(mask > 0))
     return alone
 
 
-def panel(photo, truth, mask, caption, side=256):
+def panel(photo, truth, mask, caption, classes, side=256):
     """photo | truth (where known) | prediction in a row, each `side` high and no more than four
-    times as wide, with names above."""
+    times as wide, with names above and, of more than two classes, a legend below."""
     width = min(max(1, round(side * photo.width / photo.height)), 4 * side)
     tiles = [(caption, photo), ("truth", truth), ("prediction", mask)]
     tiles = [(name, tile) for name, tile in tiles if tile is not None]
-    row = Image.new("RGB", (len(tiles) * (width + 4) - 4, side + 24), "white")
+    row, font = Image.new("RGB", (len(tiles) * (width + 4) - 4, side + 24), "white"), 13
     for i, (name, tile) in enumerate(tiles):
         tile = overlay(photo, tile) if i else tile
         row.paste(tile.resize((width, side), Image.Resampling.BICUBIC), (i * (width + 4), 24))
-        ImageDraw.Draw(row).text((i * (width + 4), 4), name, "black", ImageFont.load_default(13))
-    return row
+        ImageDraw.Draw(row).text((i * (width + 4), 4), name, "black", ImageFont.load_default(font))
+    return row if len(classes) == 2 else with_legend(row, classes)
 
 
-RESULTS = {  # what `infer` can write, each from the photo, its mask, and the true mask or None
-    "mask": lambda photo, mask, truth: picture(mask),
-    "overlay": lambda photo, mask, truth: overlay(photo, mask),
-    "cutout": lambda photo, mask, truth: cutout(photo, mask),
-    "panel": lambda photo, mask, truth: panel(photo, truth, mask, "photo"),
+def with_legend(row, classes):
+    """A picture with the colour and the name of each class, the background's aside, below it."""
+    x, y, places = 0, row.height + 4, []
+    font = ImageFont.load_default(13)
+    for name in classes[1:]:
+        wide = 28 + int(font.getlength(name))
+        if x and x + wide > row.width:
+            x, y = 0, y + 18
+        places.append((x, y))
+        x += wide
+    result = Image.new("RGB", (row.width, y + 18), "white")
+    result.paste(row)
+    draw = ImageDraw.Draw(result)
+    for (x, y), name, colour in zip(places, classes[1:], COLOURS_OF_CLASSES[1:]):
+        draw.rectangle((x, y + 2, x + 12, y + 14), colour)
+        draw.text((x + 17, y), name, "black", font)
+    return result
+
+
+RESULTS = {  # what `infer` can write, each from photo, mask, true mask or None, and the classes
+    "mask": lambda photo, mask, truth, classes: mask_picture(mask, classes),
+    "overlay": lambda photo, mask, truth, classes: overlay(photo, mask),
+    "cutout": lambda photo, mask, truth, classes: cutout(photo, mask),
+    "panel": lambda photo, mask, truth, classes: panel(photo, truth, mask, "photo", classes),
 }
 
 
@@ -992,21 +1244,22 @@ def draw_plot(draw, box, title, curves):
             draw.circle((x, y), 9, "white", colour, 5)
 
 
-def draw_curves(path, runs):
-    """Loss and Dice over the epochs; `runs` is {name: rows of metrics}; marks stand at the best
-    epochs. One run alone has a colour for training and one for validation, several one each."""
+def draw_curves(path, runs, score="dice"):
+    """Loss and a score, "dice" or "iou", over the epochs; `runs` is {name: rows of metrics}; marks
+    stand at the best epochs. One run alone has a colour for training and one for validation,
+    several one each."""
     image = Image.new("RGB", (2400, 1080), "white")  # at twice the size, for smooth edges
     alone = len(runs) == 1
-    for left, measure in ((110, "loss"), (1310, "dice")):
-        title, curves = measure.capitalize(), []
+    for left, measure in ((110, "loss"), (1310, score)):
+        title, curves = {"loss": "Loss", "dice": "Dice", "iou": "Mean IoU"}[measure], []
         for i, (name, rows) in enumerate(runs.items()):
-            dices = [row["valid_dice"] for row in rows]
-            best = dices.index(max(dices))
+            scores = [row[f"valid_{score}"] for row in rows]
+            best = scores.index(max(scores))
             colours = LINES[:2] if alone else [LINES[i % len(LINES)]] * 2
             for part, colour, width, mark in zip(("train", "valid"), colours, (4, 7), (None, best)):
                 points = [(row["epoch"], row[f"{part}_{measure}"]) for row in rows]
                 curves.append((part if alone else f"{name} {part}", colour, width, points, mark))
-        if alone and measure == "dice":
-            title += f": best {dices[best]:.4f}, epoch {rows[best]['epoch']}"
+        if alone and measure == score:
+            title += f": best {scores[best]:.4f}, epoch {rows[best]['epoch']}"
         draw_plot(ImageDraw.Draw(image), (left, 30, left + 1040, 960), title, curves)
     save_picture(image.resize((1200, 540), Image.Resampling.LANCZOS), path)

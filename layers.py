@@ -291,29 +291,37 @@ def finite(logits):
     return logits.float().clamp(-1e5, 1e5)
 
 
-def bce_loss(logits, target, ignore=255):
-    """Mean of −log p(right class) over the pixels that count: (binary) cross-entropy.
+def probabilities(logits):
+    """Logits (B, C, H, W) to the probability of each class, with one logit to that of class 1."""
+    return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(dim=1)
 
-    One class: −y log σ(z) − (1 − y) log(1 − σ(z)) = log(1 + exp((1 − 2y) z)), y in {0, 1}.
+
+def bce_loss(logits, target, weights=None, ignore=255):
+    """Mean of −log p(right class) over the pixels that count: (binary) cross-entropy. A pixel
+    counts as much as the weight of its class.
+
+    One logit: −y log σ(z) − (1 − y) log(1 − σ(z)) = log(1 + exp((1 − 2y) z)), y in {0, 1}.
     Several:   log Σ_c exp(z_c) − z_y. Neither form overflows, however large a logit is.
     """
     logits, counts = finite(logits), target != ignore
+    right = torch.where(counts, target, 0).long()                    # (B, H, W)
     if logits.shape[1] == 1:
-        loss = F.softplus((1 - 2 * (target == 1).float()) * logits[:, 0])
+        loss = F.softplus((1 - 2 * right) * logits[:, 0])
     else:
-        right = torch.where(counts, target, 0).long().unsqueeze(1)  # (B, 1, H, W)
-        loss = logits.logsumexp(dim=1) - logits.gather(1, right).squeeze(1)
-    return torch.where(counts, loss, 0).sum() / counts.sum().clamp(min=1)
+        loss = logits.logsumexp(dim=1) - logits.gather(1, right.unsqueeze(1)).squeeze(1)
+    if weights is not None:
+        counts = counts * weights[right]
+    return (loss * counts).sum() / counts.sum().clamp(min=1e-6)
 
 
-def dice_loss(logits, target, ignore=255, smooth=1.0):
-    """1 − soft Dice, mean over images and classes (https://arxiv.org/abs/1606.04797).
+def dice_loss(logits, target, weights=None, ignore=255, smooth=1.0):
+    """1 − soft Dice, mean over images and classes (https://arxiv.org/abs/1606.04797), of which each
+    counts alike, whatever their `weights`.
 
     Dice = (2 Σ p y + s) / (Σ p + Σ y + s), summed over an image's pixels that count;
     s = 1 makes an empty prediction of an empty mask right, and the gradient there finite.
     """
-    logits = finite(logits)
-    p = logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(dim=1)
+    p = probabilities(finite(logits))
     first = 1 if p.shape[1] == 1 else 0  # with one logit the background has no channel of its own
     classes = torch.arange(first, first + p.shape[1], device=p.device).view(1, -1, 1, 1)
     y = target.unsqueeze(1) == classes                               # (B, C, H, W)
@@ -323,9 +331,9 @@ def dice_loss(logits, target, ignore=255, smooth=1.0):
     return 1 - ((2 * overlap + smooth) / (total + smooth)).mean()
 
 
-def bce_dice_loss(logits, target, ignore=255):
+def bce_dice_loss(logits, target, weights=None):
     """BCE + Dice: the first pulls every pixel, the second the figure that is scored."""
-    return bce_loss(logits, target, ignore) + dice_loss(logits, target, ignore)
+    return bce_loss(logits, target, weights) + dice_loss(logits, target)
 
 
 LOSSES = {"bce_dice": bce_dice_loss, "bce": bce_loss, "dice": dice_loss}

@@ -65,7 +65,16 @@ def changes(text):
     return AUGMENT.get(text, found)
 
 
-POSITIVE, SIDE, SEED = number(int, 1, 2**31), number(int, 32, 2**15), number(int, 0, 2**63 - 1)
+def size(text):
+    """--size as (height, width): S, or HxW."""
+    sides = tuple(number(int, 32, 2**15)(side) for side in text.lower().split("x"))
+    if len(sides) > 2:
+        raise argparse.ArgumentTypeError(f"expected a side as in 128, or height and width as in "
+                                         f"256x512, not {text!r}")
+    return sides[0], sides[-1]
+
+
+POSITIVE, SEED = number(int, 1, 2**31), number(int, 0, 2**63 - 1)
 SHARE, AMOUNT = number(float, 0, 1), number(float, 0)
 MODELS = ("unet", "resnet34_unet")
 WEIGHTS = Path(__file__).with_name("weights") / "unet.pt"  # where --ckpt is left out
@@ -78,7 +87,7 @@ OPTIONS = {
     "root": ("data", str, "where data is kept"),
     "epochs": (None, POSITIVE, "times through the training pictures: 20, for the toys 16 or 20"),
     "batch": (None, POSITIVE, "pictures at a time: 16, or 32 on a GPU"),
-    "size": (None, SIDE, "side in pixels: 128, or 256 on a GPU"),
+    "size": (None, size, "S or HxW in pixels: 128, or 256 on a GPU"),
     "width": (None, POSITIVE, "channels of the first level: 64 on a GPU, else 16 (unet) or 32"),
     "up": ("transpose", ("transpose", "bilinear"), "how the decoder doubles the size"),
     "init": (None, str, "a best.pt whose weights to begin with, instead of random ones"),
@@ -99,8 +108,12 @@ OPTIONS = {
     "augment_prob": (1.0, SHARE, "share of the pictures that is changed"),
     "grow": (0.85, SHARE, "share of the epochs with smaller pictures, which train faster"),
     "repeat": (1, POSITIVE, "times a picture appears in an epoch"),
-    "border": ("foreground", ("foreground", "background", "ignore", "random"),
-               "what the trimap's border is while training"),
+    "border": ("foreground", ("foreground", "background", "ignore", "random", "class"),
+               "what the trimap's border is while training; class: one of its own"),
+    "classes": ("pet", ("pet", "species"), "of the pets: pet, or cat and dog"),
+    "cityscapes_classes": ("19", ("19", "30"), "the benchmark's, or all"),
+    "class_weights": ("none", ("none", "inverse", "sqrt"), "in the cross-entropy: the same, or by "
+                      "one over a class's share of the pixels, or the root of that"),
     "compile": (False, bool, "use torch.compile"),
     "recompute": (False, bool, "keep less for the backward pass: less memory, a quarter more time"),
     "precision": ("auto", ("auto", "bf16", "fp32"), "auto: bfloat16 where the hardware has it"),
@@ -167,10 +180,11 @@ def command_line():
                   "out", out="compare.png")
     add("runs", nargs="+", metavar="RUN")
     add = command("data", "fetch, verify, or draw the data",
-                  *source, "trainval", "test", "seed", root="data", seed=0)
+                  *source, "classes", "cityscapes_classes", "trainval", "test", "seed",
+                  root="data", seed=0, classes="pet", cityscapes_classes="19")
     add("action", nargs="?", choices=("get", "check", "toy"), default="check")
     add = command("summary", "a table of layers: shape, parameters, multiply-adds",
-                  "size", "width", "up", size=256, width=64, up="transpose")
+                  "size", "width", "up", size=(256, 256), width=64, up="transpose")
     add("model", choices=MODELS)
     add = command("bench", "images per second and peak memory: the plain loop and this one",
                   *source, "device", "precision", "size", "width", "batch", "recompute", "rounds",
@@ -287,51 +301,88 @@ def progress(what, unit="images", scale=1):
 # ----------------------------------------------------------------------------------------- scores
 
 
-def confusion(mask, target):
-    """Per image, the pixels that are truly and falsely pet, falsely and truly background: (B, 4).
-    Pixels of target 255 are left out."""
-    pet, ground = target == 1, target == 0
-    pairs = (mask & pet, mask & ground, ~mask & pet, ~mask & ground)
-    return torch.stack([pair.flatten(1).sum(dim=1) for pair in pairs], dim=1)
+def decide(probabilities, threshold=0.5):
+    """The class of each pixel, (B, C, H, W) to (B, H, W): the likeliest, or of two, told by one
+    channel, class 1 from `threshold` on."""
+    if probabilities.shape[1] == 1:
+        return (probabilities[:, 0] >= threshold).byte()
+    return probabilities.argmax(dim=1).byte()
+
+
+def confusion(mask, target, classes=2):
+    """Per image, how many pixels of each true class (rows) were taken for each (columns):
+    (B, classes, classes). Pixels of target 255 are left out."""
+    truth = torch.where(target == 255, classes, target.long())  # a row more, cut off below
+    image = torch.arange(len(target), device=target.device).view(-1, 1, 1)
+    places = (image * (classes + 1) + truth) * classes + mask
+    counts = places.new_zeros(len(target) * (classes + 1) * classes)
+    counts.scatter_add_(0, places.flatten(), places.new_ones(1).expand(places.numel()))
+    return counts.view(-1, classes + 1, classes)[:, :-1]
 
 
 def dice_and_iou(counts):
-    """Dice and IoU of each row of a confusion: 2 tp / (2 tp + fp + fn) and tp / (tp + fp + fn);
-    1 where nothing was to be found and nothing was."""
-    tp, wrong = counts[:, 0], counts[:, 1] + counts[:, 2]
+    """Dice and IoU of each class, (B, C) each, from confusions (B, C, C): 2 tp / (2 tp + fp + fn)
+    and tp / (tp + fp + fn); 1 where nothing was to be found and nothing was."""
+    tp = counts.diagonal(dim1=1, dim2=2)
+    wrong = counts.sum(dim=1) + counts.sum(dim=2) - 2 * tp
     empty = tp + wrong == 0
     return (2 * tp + empty) / (2 * tp + wrong + empty), (tp + empty) / (tp + wrong + empty)
 
 
-def scores(counts):
-    """All scores of a split from its images' confusions (N, 4). "dice" is the one that counts: the
-    mean over images. The dataset's are those of all its pixels as if they were one image."""
+def scores(counts, classes):
+    """All scores of a split from its images' confusions (N, C, C). With two classes "dice" is the
+    mean over images of that of class 1, and the dataset's are those of all pixels as if they were
+    one image. With more, "dice" and "iou" are the means over the classes that occur, each from the
+    confusion of all pixels; the foreground's leave out class 0."""
     counts = counts.double()
-    dice, iou = dice_and_iou(counts)
     total = counts.sum(dim=0, keepdim=True)
-    dataset_dice, dataset_iou = dice_and_iou(total)
-    tp, fp, fn, tn = total[0].tolist()
-    return {
-        "dice": dice.mean().item(), "iou": iou.mean().item(),
-        "dataset_dice": dataset_dice.item(), "dataset_iou": dataset_iou.item(),
-        "precision": tp / (tp + fp) if tp + fp else 1.0,
-        "recall": tp / (tp + fn) if tp + fn else 1.0,
-        "accuracy": (tp + tn) / max(1, tp + fp + fn + tn), "images": len(counts),
-    }
+    dice, iou = dice_and_iou(total)
+    rest = {"accuracy": (total.diagonal(dim1=1, dim2=2).sum() / total.sum().clamp(min=1)).item(),
+            "images": len(counts)}
+    if len(classes) == 2:
+        image_dice, image_iou = dice_and_iou(counts)
+        tp, taken, true = total[0, 1, 1], total[0, :, 1].sum(), total[0, 1].sum()
+        return {"dice": image_dice[:, 1].mean().item(), "iou": image_iou[:, 1].mean().item(),
+                "dataset_dice": dice[0, 1].item(), "dataset_iou": iou[0, 1].item(),
+                "precision": (tp / taken).item() if taken else 1.0,
+                "recall": (tp / true).item() if true else 1.0, **rest}
+    share = total[0].sum(dim=1) / total.sum().clamp(min=1)
+    there = (total[0].sum(dim=0) + total[0].sum(dim=1) > 0).tolist()
+    rows = [{"class": name, "dice": dice[0, i].item(), "iou": iou[0, i].item(),
+             "share": share[i].item()} for i, name in enumerate(classes) if there[i]]
+    front = rows[there[0]:] or rows
+    means = {f"{part}{measure}": sum(row[measure] for row in of) / len(of)
+             for part, of in (("", rows), ("foreground_", front)) for measure in ("dice", "iou")}
+    return {**means, **rest, "classes": rows}
+
+
+def score_table(split, found):
+    """The scores of a split as text: of all, and where there are many, of each class."""
+    means = table([{"split": split, **{name: value for name, value in found.items()
+                                       if name not in ("classes", "breeds")}}])
+    return f"{table(found['classes'])}\n\n{means}" if "classes" in found else means
+
+
+SHOWN = {"dice": "Dice", "iou": "IoU"}
+
+
+def measure(classes):
+    """The score that counts: the best epoch is that of the highest."""
+    return "dice" if len(classes) == 2 else "iou"
 
 
 # ------------------------------------------------------------- the course of a run: sides and rates
 
 
-def scaled(side, part):
-    """A part of a side, in multiples of 16, which the networks halve without rest, from 32 on."""
-    return side if part == 1 else max(32, 16 * round(side * part / 16))
+def scaled(size, part):
+    """A part of a size, in multiples of 16, which the networks halve without rest, from 32 on."""
+    return size if part == 1 else tuple(max(32, 16 * round(side * part / 16)) for side in size)
 
 
-def side_of_epoch(run, epoch):
-    """The side of the training pictures: half of it in the first two thirds of the share `grow` of
+def size_of_epoch(run, epoch):
+    """The size of the training pictures: half of it in the first two thirds of the share `grow` of
     the epochs, three quarters in the last third, then all of it, in the last epoch at the latest.
-    Valid pictures always have their full side. For as many pixels as three epochs have, UNet has a
+    Valid pictures always have their full size. For as many pixels as three epochs have, UNet has a
     valid Dice of 0.891 on the pets with it, 0.873 without (two seeds)."""
     done = epoch / run.epochs
     part = 1 if done > run.grow or epoch == run.epochs else 0.75 if done > run.grow * 2 / 3 else 0.5
@@ -340,42 +391,42 @@ def side_of_epoch(run, epoch):
 
 def share_done(run, epoch, part):
     """The share of a run, measured in pixels, that is done after a `part` of an epoch."""
-    pixels = [side_of_epoch(run, each)**2 for each in range(1, run.epochs + 1)]
+    pixels = [math.prod(size_of_epoch(run, each)) for each in range(1, run.epochs + 1)]
     return (sum(pixels[:epoch - 1]) + part * pixels[epoch - 1]) / sum(pixels)
 
 
 # Each schedule gives the learning rate from the run's settings, the share of the run that is done,
-# and the valid Dice of the epochs so far. None has a memory of its own.
+# and the valid score of the epochs so far. None has a memory of its own.
 
 
-def constant(run, done, dices):
+def constant(run, done, valid):
     """The same rate always."""
     return run.lr
 
 
-def cosine(run, done, dices):
+def cosine(run, done, valid):
     """Up in a straight line for the share `warmup` of the run, then to 0 along half a cosine."""
     if done <= run.warmup:
         return run.lr * done / run.warmup
     return run.lr * 0.5 * (1 + math.cos(math.pi * (done - run.warmup) / (1 - run.warmup)))
 
 
-def plateau(run, done, dices):
-    """Halved whenever the valid Dice has not risen for three epochs, but never under 1e-6."""
+def plateau(run, done, valid):
+    """Halved whenever the valid score has not risen for three epochs, but never under 1e-6."""
     rate, best, waited = run.lr, -1.0, 0
-    for dice in dices:
-        best, waited = (dice, 0) if dice > best else (best, waited + 1)
+    for score in valid:
+        best, waited = (score, 0) if score > best else (best, waited + 1)
         if waited == 3:
             rate, waited = max(rate * 0.5, min(1e-6, run.lr)), 0
     return rate
 
 
-def exponential(run, done, dices):
+def exponential(run, done, valid):
     """Multiplied by `gamma` after each epoch."""
-    return run.lr * run.gamma ** len(dices)
+    return run.lr * run.gamma ** len(valid)
 
 
-def inverse_sqrt(run, done, dices):
+def inverse_sqrt(run, done, valid):
     """Up with the square of the share `warmup`, then down with one over the root of the share."""
     warm = max(run.warmup, 0.001)
     return run.lr * min((done / warm) ** 2, math.sqrt(warm / done))
@@ -517,10 +568,19 @@ def find_data(choice, root, url):
     return "toy", toys
 
 
-def open_split(folder, split, side, root):
+def look(folder, root, known):
+    """Understands a folder of labelled pictures, as a run of the settings `known` does."""
+    source = data.look(folder, Path(root) / "cache", progress("masks"), known["classes"],
+                       known["cityscapes_classes"], known["drawn"])
+    for note in source.notes:
+        say(f"note: {note}")
+    return source
+
+
+def open_split(source, split, size, root):
     """A split from the cache, with a warning about pictures that are left out."""
-    what = f"cache {split} at {side}×{side}"
-    found = data.open_split(folder, split, (side, side), Path(root) / "cache", progress(what))
+    what = f"cache {split} at {size[0]}×{size[1]}"
+    found = data.open_split(source, split, size, Path(root) / "cache", progress(what))
     if found.skipped:
         say(f"warning: {len(found.skipped)} pictures of {split} are missing or unreadable and are "
             "left out; the first: " + "; ".join(found.skipped[:5]))
@@ -528,8 +588,11 @@ def open_split(folder, split, side, root):
 
 
 def build(about):
-    """The network that settings or a checkpoint describe, in channels-last memory."""
-    network = layers.MODELS[about["model"]](width=about["width"], up=about["up"],
+    """The network that a checkpoint describes, in channels-last memory. Two classes have one logit,
+    more have one each."""
+    number = len(about["classes"])
+    network = layers.MODELS[about["model"]](classes=number if number > 2 else 1,
+                                            width=about["width"], up=about["up"],
                                             dropout=about["dropout"])
     return network.to(memory_format=torch.channels_last)
 
@@ -553,7 +616,7 @@ VIEWS = ((1, True), (0.75, False), (1.25, True))
 
 @torch.inference_mode()
 def predict(segmenter, images):
-    """Images (B, 3, H, W) in 0..1 to logits (B, 1, H, W) in fp32; with `tta` those of the mean of
+    """Images (B, 3, H, W) in 0..1 to logits (B, C, H, W) in fp32; with `tta` those of the mean of
     the probabilities that the picture and its VIEWS give."""
     network, about = segmenter.network, segmenter.about
     x = data.normalise(images, about["mean"], about["std"])
@@ -563,35 +626,56 @@ def predict(segmenter, images):
 
     logits, size = seen(x), x.shape[2:]
     if segmenter.tta:
-        total = logits.sigmoid()
+        total = layers.probabilities(logits)
         for part, mirrored in VIEWS:
-            view = resize(x, [scaled(side, part) for side in size], mode="bilinear", antialias=True)
+            view = resize(x, scaled(tuple(size), part), mode="bilinear", antialias=True)
             found = seen(view.flip(3)).flip(3) if mirrored else seen(view)
-            total += resize(found.sigmoid(), size, mode="bilinear")
-        logits = (total / (1 + len(VIEWS))).logit(eps=1e-6)
+            total += resize(layers.probabilities(found), size, mode="bilinear")
+        mean = total / (1 + len(VIEWS))
+        logits = mean.logit(eps=1e-6) if mean.shape[1] == 1 else mean.clamp(min=1e-6).log()
     return logits
 
 
-def score_split(segmenter, split, batch=32, loss="bce_dice"):
-    """Predicts a whole split; returns its mean loss and the confusion of each image (N, 4)."""
-    total, counts = 0.0, []
+def true_classes(about, labels):
+    """Labels to what a network is scored against: the border counts as what it is the border of."""
+    border = "class" if about["border"] == "class" else "foreground"
+    return data.targets(labels, border, classes=len(about["classes"]))
+
+
+def score_split(segmenter, split, batch=32, loss=layers.bce_dice_loss, weights=None):
+    """Predicts a whole split; returns its mean loss and the confusion of each image (N, C, C)."""
+    total, counts, classes = 0.0, [], len(segmenter.about["classes"])
     for index in torch.arange(len(split.names)).split(batch):
         images, labels = data.load(split, index, segmenter.device)
-        target, logits = data.targets(labels), predict(segmenter, images)
-        total += layers.LOSSES[loss](logits, target) * len(index)
-        counts.append(confusion(logits[:, 0].sigmoid() >= segmenter.threshold, target))
+        target, logits = true_classes(segmenter.about, labels), predict(segmenter, images)
+        total += loss(logits, target, weights) * len(index)
+        mask = decide(layers.probabilities(logits), segmenter.threshold)
+        counts.append(confusion(mask, target, classes))
     return float(total) / len(split.names), torch.cat(counts).cpu()
+
+
+def score_images(counts):
+    """A score of each image by itself, to sort them by: the mean IoU of the classes in it, of two
+    that of class 1."""
+    iou = dice_and_iou(counts)[1]
+    if iou.shape[1] == 2:
+        return iou[:, 1]
+    there = counts.sum(dim=1) + counts.sum(dim=2) > 0
+    return (iou * there).sum(dim=1) / there.sum(dim=1).clamp(min=1)
 
 
 def draw_samples(path, segmenter, split, chosen):
     """A gallery of photo | truth | prediction of the `chosen` pictures of a split."""
     images, labels = data.load(split, chosen, segmenter.device)
-    masks = predict(segmenter, images)[:, 0].sigmoid() >= segmenter.threshold
-    target = data.targets(labels)
-    dice = dice_and_iou(confusion(masks, target))[0].tolist()
-    truths, masks = (target == 1).cpu().numpy(), masks.cpu().numpy()
-    panels = [data.panel(data.picture(split.images[i]), truths[k], masks[k],
-                         f"{split.names[i]}  Dice {dice[k]:.3f}", side=160)
+    classes = segmenter.about["classes"]
+    masks = decide(layers.probabilities(predict(segmenter, images)), segmenter.threshold)
+    target = true_classes(segmenter.about, labels)
+    found = [scores(counts[None], classes)[measure(classes)]
+             for counts in confusion(masks, target, len(classes)).cpu()]
+    truths = torch.where(target == data.VOID, 0, target).cpu().numpy()
+    panels = [data.panel(data.picture(split.images[i]), truths[k], masks[k].cpu().numpy(),
+                         f"{split.names[i]}  {SHOWN[measure(classes)]} {found[k]:.3f}", classes,
+                         side=160)
               for k, i in enumerate(chosen)]
     data.save_picture(data.gallery(panels), path)
 
@@ -621,11 +705,14 @@ def save_network(path, network, about, made):
 
 # what makes up a checkpoint of each kind: names and, by an example, types
 CHECKPOINTS = {
-    "network": {"model": "unet", "width": 16, "up": "transpose", "dropout": 0.0, "size": 128,
-                "mean": data.MEAN, "std": data.STD, "weights": {},
-                "trained": {"data": "pets", "root": "data", "command": ""}},
+    "network": {"model": "unet", "width": 16, "up": "transpose", "dropout": 0.0, "size": (128, 128),
+                "classes": [], "border": "foreground", "mean": data.MEAN, "std": data.STD,
+                "weights": {}, "trained": {"data": "pets", "root": "data", "command": "",
+                                           "classes": "pet", "cityscapes_classes": "19",
+                                           "drawn": {}}},
     "training": {"settings": {}, "pictures": [], "network": {}, "average": {}, "optimizers": [],
-                 "epoch": 1, "step": 0, "history": [], "sums": {}, "seconds": 0.0},
+                 "epoch": 1, "step": 0, "history": [], "sums": {}, "counts": torch.empty(0),
+                 "seconds": 0.0},
 }
 # what zipfile and torch raise at files that were damaged or made to do harm
 HOSTILE = (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, LookupError,
@@ -709,11 +796,11 @@ def typed(args):
 def settings(args, device, toy):
     """Every option of a run: what was typed, else the default that fits machine and data."""
     run = {"model": args.model, **{name: default for name, (default, *_) in OPTIONS.items()},
-           "command": shlex.join(["petseg.py", *sys.argv[1:]])}
+           "drawn": {}, "command": shlex.join(["petseg.py", *sys.argv[1:]])}
     if device.type == "cpu":
-        run |= {"size": 128, "batch": 16, "width": 16 if args.model == "unet" else 32}
+        run |= {"size": (128, 128), "batch": 16, "width": 16 if args.model == "unet" else 32}
     else:
-        run |= {"size": 256, "batch": 32, "width": 64}
+        run |= {"size": (256, 256), "batch": 32, "width": 64}
     chosen = typed(args)
     if "init" in chosen:
         begun = read_checkpoint(chosen["init"], "network", device)
@@ -779,7 +866,8 @@ def resume(args, folder, device):
 def find_unfinished(run, out):
     """The newest folder in `out` of a run with the same options that has not come to its end."""
     same = {name: value for name, value in vars(run).items()
-            if name not in ("root", "save_every", "checkpoint_minutes", "command")}
+            if name not in ("root", "save_every", "checkpoint_minutes", "command", "drawn")}
+    same = json.loads(json.dumps(same))  # as config.json has it, without tuples
     configs = sorted(Path(out).glob("*/config.json"), key=os.path.getmtime, reverse=True)
     for folder in (config.parent for config in configs):
         finished = any((folder / f"{split}.json").exists() for split in ("valid", "test"))
@@ -844,38 +932,66 @@ def make_optimizers(run, network):
                               weight_decay=0.0)]
 
 
-SUMS = ("loss", "dice", "iou", "images", "skipped")  # of an epoch so far
+SUMS = ("loss", "images", "skipped")  # of an epoch so far
 MOST_SKIPPED = 10  # steps of an epoch, before the run is given up
 
 
-def train_step(run, network, optimizers, split, group, epoch, step):
-    """One step of the optimizers on the pictures `group`, a batch at a time; returns SUMS of it.
-    Every random draw depends on (seed, epoch, step) alone. A step whose gradients are not finite is
-    left out."""
-    device, side = next(network.parameters()).device, side_of_epoch(run, epoch)
-    sums = torch.zeros(len(SUMS), device=device)
+def train_step(run, network, optimizers, split, group, epoch, step, classes=2, weights=None):
+    """One step of the optimizers on the pictures `group`, a batch at a time; returns SUMS of it and
+    the confusion of each picture. Every random draw depends on (seed, epoch, step) alone. A step
+    whose gradients are not finite is left out."""
+    device, size = next(network.parameters()).device, size_of_epoch(run, epoch)
+    total, counts = torch.zeros((), device=device), []
     torch.manual_seed(data.generator("dropout", run.seed, epoch, step).initial_seed())
     for part, index in enumerate(group.split(run.batch)):
         random = data.generator("augment", run.seed, epoch, step, part)
         images, labels = data.load(split, index, device)
-        if run.augment or side != run.size:
-            images, labels = data.augment(images, labels, random, (side, side), run.augment_prob,
+        if run.augment or size != run.size:
+            images, labels = data.augment(images, labels, random, size, run.augment_prob,
                                           **run.augment)
-        target = data.targets(labels, run.border, random)
+        target = data.targets(labels, run.border, random, classes)
         with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16"):
             logits = network(data.normalise(images))
-        loss = layers.LOSSES[run.loss](logits, target)
+        loss = layers.LOSSES[run.loss](logits, target, weights)
         (loss * len(index) / len(group)).backward()
-        dice, iou = dice_and_iou(confusion(logits[:, 0] > 0, target))
-        sums[:3] += torch.stack((loss.detach() * len(index), dice.sum(), iou.sum()))
-    sums[3] = len(group)
+        total += loss.detach() * len(index)
+        counts.append(confusion(decide(layers.probabilities(logits.detach())), target, classes))
     norm = torch.nn.utils.clip_grad_norm_(network.parameters(), run.clip or math.inf)
     usable = norm.isfinite().item()
     for optimizer in optimizers:
         if usable:
             optimizer.step()
         optimizer.zero_grad()
-    return sums if usable else sums.new_tensor((0, 0, 0, 0, 1))
+    counts = torch.cat(counts)
+    if not usable:
+        return total.new_tensor((0, 0, 1)), torch.zeros_like(counts)
+    return torch.stack((total, *total.new_tensor((len(group), 0)))), counts
+
+
+def class_shares(source, split, about):
+    """The share of each class in the pixels of a split that count; says what was understood."""
+    counts = torch.zeros(256, dtype=torch.long)
+    for part in np.array_split(split.labels, len(split.labels) // 256 + 1):
+        target = true_classes(about, torch.from_numpy(np.array(part)))
+        counts += torch.bincount(target.flatten(), minlength=256)
+    names, void = about["classes"], counts[data.VOID] / counts.sum()
+    shares = counts[:len(names)].double() / counts[:len(names)].sum()
+    numbers = ", ".join(f"{len(each):,} {name}" for name, each in source.splits.items())
+    say(f"{source.folder}: {source.layout}; {numbers}; "
+        + ", ".join(f"{name} {share:.1%}" for name, share in zip(names, shares.tolist()))
+        + (f"; void {void:.1%} of the pixels" if void else ""))
+    for name, share in zip(names, shares.tolist()):
+        if not share:
+            say(f"warning: the class {name} never occurs in the training pictures: it cannot be "
+                "learned")
+    return shares
+
+
+def class_weights(run, shares):
+    """How much a pixel of each class counts in the cross-entropy; one on average over classes."""
+    power = {"none": 0, "sqrt": 0.5, "inverse": 1}[run.class_weights]
+    weights = torch.where(shares > 0, 1 / shares.clamp(min=1e-9) ** power, 0)
+    return (weights / weights[shares > 0].mean()).float()
 
 
 @torch.no_grad()
@@ -891,7 +1007,7 @@ def follow(average, network, keep, steps):
 def score_and_draw(segmenter, split, gallery):
     """The confusion of each image of a split, and a picture of the twelve worst."""
     _, counts = score_split(segmenter, split)
-    worst = dice_and_iou(counts)[0].argsort(stable=True)[:12]
+    worst = score_images(counts).argsort(stable=True)[:12]
     draw_samples(gallery, segmenter, split, worst.numpy())
     return counts
 
@@ -899,16 +1015,15 @@ def score_and_draw(segmenter, split, gallery):
 def finish(args, folder, run, history, source):
     """Scores the test split (valid, where there is none) with best.pt as a user will load it."""
     segmenter = load_segmenter(folder / "best.pt", args.device, run.precision)
-    name = data.splits(source)[-1]
+    about, name = segmenter.about, [*source.splits][-1]
     split = open_split(source, name, run.size, run.root)
-    found = scores(score_and_draw(segmenter, split, folder / "worst.png"))
-    trained = segmenter.about["trained"]
-    result = {"run": str(folder), "split": name, "epoch": trained["epoch"],
-              "valid_dice": trained["valid_dice"],
+    found = scores(score_and_draw(segmenter, split, folder / "worst.png"), about["classes"])
+    trained, score = about["trained"], f"valid_{measure(about['classes'])}"
+    result = {"run": str(folder), "split": name, "epoch": trained["epoch"], score: trained[score],
               "seconds": sum(row["seconds"] for row in history), **found}
     data.write_json(folder / f"{name}.json", result)
-    answer(args, f"{folder}: best epoch {result['epoch']}, valid Dice {result['valid_dice']:.4f}\n"
-           + table([{"split": name, **found}]), result)
+    answer(args, f"{folder}: best epoch {result['epoch']}, {score.replace('_', ' ')} "
+           f"{trained[score]:.4f}\n{score_table(name, found)}", result)
 
 
 def train(args):
@@ -917,13 +1032,18 @@ def train(args):
     device = pick_device(args.device)
     settle_memory(device)
     folder, run, state = start_or_resume(args, device)
-    source = find_data(run.data, run.root, args.url)[1]
-    train_set = data.onto(open_split(source, "train", run.size, run.root), device)
+    source = look(find_data(run.data, run.root, args.url)[1], run.root, vars(run))
+    run.drawn = source.drawn
+    train_set = open_split(source, "train", run.size, run.root)
     valid_set = open_split(source, "valid", run.size, run.root)
 
     about = {"petseg": "network", "model": run.model, "width": run.width, "up": run.up,
-             "dropout": run.dropout, "size": run.size, "classes": ["background", "pet"],
+             "dropout": run.dropout, "size": run.size, "border": run.border,
+             "classes": source.classes + ["border"] * (run.border == "class"),
              "mean": data.MEAN, "std": data.STD}
+    classes, score = len(about["classes"]), measure(about["classes"])
+    weights = class_weights(run, class_shares(source, train_set, about)).to(device)
+    train_set = data.onto(train_set, device)
     torch.manual_seed(run.seed)
     network = build(about).to(device)
     if run.init and not state:
@@ -933,8 +1053,11 @@ def train(args):
     compiled = torch.compile(network) if run.compile else network
     optimizers = make_optimizers(run, network)
 
+    images, per_step = len(train_set.names) * run.repeat, run.batch * run.accumulate
+    per_epoch = math.ceil(images / per_step)
     epoch, step, history, seconds = 1, 0, [], 0.0
     sums = torch.zeros(len(SUMS), device=device)
+    counts = torch.zeros(images, classes, classes, dtype=torch.long, device=device)
     if state:
         if state["pictures"] != train_set.names:
             raise Problem(f"{source} no longer holds the training pictures that {folder} was begun "
@@ -945,10 +1068,11 @@ def train(args):
             optimizer.load_state_dict(memory)
         epoch, step, history, seconds = (state[k] for k in ("epoch", "step", "history", "seconds"))
         sums += torch.tensor([state["sums"][name] for name in SUMS], device=device)
+        counts[:len(state["counts"])] = state["counts"]
     else:
         folder.mkdir(parents=True)
         lock(folder)
-    config = describe(run, device)
+    config = {**describe(run, device), "labels": about["classes"]}
 
     def save_state():
         if not all(weight.isfinite().all() for weight in network.parameters()):
@@ -960,7 +1084,7 @@ def train(args):
             "network": network.state_dict(), "average": average.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in optimizers], "epoch": epoch,
             "step": step, "history": history, "sums": dict(zip(SUMS, sums.tolist())),
-            "seconds": seconds}, new)
+            "counts": counts[:step * per_step].clone(), "seconds": seconds}, new)
         if last.exists():
             os.replace(last, folder / "previous.pt")
         os.replace(new, last)
@@ -972,9 +1096,7 @@ def train(args):
 
     saved = save_state()  # a run can be resumed from its start on, and a full disk shows at once
     say(f"{'resuming' if state else 'training'} {folder} on {device}\n"
-        + ", ".join(f"{name} {value}" for name, value in vars(run).items()))
-    images, per_step = len(train_set.names) * run.repeat, run.batch * run.accumulate
-    per_epoch = math.ceil(images / per_step)
+        + ", ".join(f"{name} {value}" for name, value in vars(run).items() if name != "drawn"))
     line = Line()
 
     stop = []  # signals that came: they only ask, the loop answers; a second Ctrl-C does not wait
@@ -987,7 +1109,7 @@ def train(args):
     while epoch <= run.epochs:
         began = time.monotonic() - seconds
         network.train()
-        side = side_of_epoch(run, epoch)
+        size = size_of_epoch(run, epoch)
         groups = data.shuffled(len(train_set.names), run.repeat, run.seed, epoch).split(per_step)
         for step in range(step, per_epoch):
             seconds = time.monotonic() - began
@@ -999,36 +1121,45 @@ def train(args):
                     f"petseg.py train --resume {folder}")
                 raise SystemExit(128 + stop[0])
             done = share_done(run, epoch, (step + 0.5) / per_epoch)  # half of this step is done
-            rate = SCHEDULES[run.schedule](run, done, [row["valid_dice"] for row in history])
+            rate = SCHEDULES[run.schedule](run, done, [row[f"valid_{score}"] for row in history])
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group.get("share", 1)
-            sums += train_step(run, compiled, optimizers, train_set, groups[step], epoch, step)
+            group, at = groups[step], step * per_step
+            found, counts[at:at + len(group)] = train_step(
+                run, compiled, optimizers, train_set, group, epoch, step, classes, weights)
+            sums += found
             if run.ema:
                 follow(average, network, run.ema, (epoch - 1) * per_epoch + step)
             if line.due() or step + 1 == per_epoch:  # to read the sums makes a GPU wait: seldom
-                now, (loss, dice, iou, seen, skipped) = time.monotonic(), sums.tolist()
+                now, (loss, seen, skipped) = time.monotonic(), sums.tolist()
                 if skipped > MOST_SKIPPED or not seen:
                     give_up(f"{skipped:.0f} steps had gradients that were not finite")
-                loss, dice, iou = loss / seen, dice / seen, iou / seen
+                loss /= seen
                 speed = min((step + 1) * per_step, images) / (now - began)
                 left = (now - began) / (done - share_done(run, epoch, 0)) * (1 - done)
-                line.show(f"epoch {epoch}/{run.epochs}  {side}×{side}  step {step + 1}/{per_epoch}"
+                line.show(f"epoch {epoch}/{run.epochs}  {size[0]}×{size[1]}  "
+                          f"step {step + 1}/{per_epoch}"
                           f"  loss {loss:.4f}  {speed:.0f} images/s  {clock(left)} left")
 
         segmenter = Segmenter(average, about, run.precision)
-        valid_loss, counts = score_split(segmenter, valid_set, run.batch, run.loss)
+        valid_loss, found = score_split(segmenter, valid_set, run.batch, layers.LOSSES[run.loss],
+                                        weights)
         if not math.isfinite(valid_loss):
             give_up(f"the valid loss became {valid_loss}")
-        valid = scores(counts)
-        best = all(valid["dice"] > row["valid_dice"] for row in history)
+        valid = scores(found, about["classes"])
+        # what was left out has no counts
+        trained = scores(counts[counts.sum(dim=(1, 2)) > 0].cpu(), about["classes"])
+        best = all(valid[score] > row[f"valid_{score}"] for row in history)
         history.append({
-            "epoch": epoch, "side": side, "train_loss": loss, "train_dice": dice, "train_iou": iou,
-            "valid_loss": valid_loss, "valid_dice": valid["dice"], "valid_iou": valid["iou"],
-            "lr": rate, "skipped": int(skipped), "seconds": time.monotonic() - began,
+            "epoch": epoch, "height": size[0], "width": size[1], "train_loss": loss,
+            "train_dice": trained["dice"], "train_iou": trained["iou"], "valid_loss": valid_loss,
+            "valid_dice": valid["dice"], "valid_iou": valid["iou"], "lr": rate,
+            "skipped": int(skipped), "seconds": time.monotonic() - began,
             "images_per_second": speed})
-        say(f"epoch {epoch}/{run.epochs}  train loss {loss:.4f} Dice {dice:.4f}  "
-            f"valid loss {valid_loss:.4f} Dice {valid['dice']:.4f}{' *' if best else '  '}  "
+        say(f"epoch {epoch}/{run.epochs}  train loss {loss:.4f} {SHOWN[score]} "
+            f"{trained[score]:.4f}  valid loss {valid_loss:.4f} {SHOWN[score]} "
+            f"{valid[score]:.4f}{' *' if best else '  '}  "
             f"{clock(time.monotonic() - began)}, {speed:.0f} images/s"
             + (f", {skipped:.0f} steps left out: gradients not finite" if skipped else ""))
         made = {**history[-1], **config, "seconds": sum(row["seconds"] for row in history)}
@@ -1038,11 +1169,12 @@ def train(args):
         if run.save_every and epoch % run.save_every == 0:
             save_network(folder / f"epoch-{epoch}.pt", average, about, made)
         data.write_table(folder / "metrics.csv", history)
-        data.draw_curves(folder / "curves.png", {folder.name: history})
+        data.draw_curves(folder / "curves.png", {folder.name: history}, score)
         shown = np.unique(np.linspace(0, len(valid_set.names) - 1, 8).astype(int))
         draw_samples(folder / "samples.png", segmenter, valid_set, shown)
         epoch, step, seconds = epoch + 1, 0, 0.0
         sums.zero_()
+        counts.zero_()
         saved = save_state()
     for number, usual in before.items():
         signal.signal(number, usual)
@@ -1056,67 +1188,94 @@ def choose_data(args, segmenter):
     """The data that --data and --root name, or else that the network was trained on; its root."""
     trained = segmenter.about["trained"]
     root = args.root or trained["root"]
-    return find_data(args.data or trained["data"], root, args.url)[1], root
+    folder = find_data(args.data or trained["data"], root, args.url)[1]
+    known = trained if args.data in (None, trained["data"]) else trained | {"drawn": {}}
+    source, classes = look(folder, root, known), segmenter.about["classes"]
+    if source.classes + ["border"] * (segmenter.about["border"] == "class") != classes:
+        raise Problem(f"{folder} has the classes {', '.join(source.classes)}, the network "
+                      f"{', '.join(classes)}; name other data with --data, or another --ckpt")
+    return source, root
 
 
 def evaluate(args):
-    """Scores a split with a trained network: as a whole, breed by breed, and the worst images."""
+    """Scores a split with a trained network: as a whole, by class or by breed, and the worst
+    images."""
     segmenter = load_segmenter(args.ckpt, args.device, args.precision, args.threshold, args.tta)
     source, root = choose_data(args, segmenter)
-    split = open_split(source, args.split, segmenter.about["size"], root)
+    split, classes = open_split(source, args.split, segmenter.about["size"], root), source.classes
     worst = Path(args.out) / f"worst-{args.split}.png"
     counts = score_and_draw(segmenter, split, worst)
-    breeds = {}
-    for name, row in zip(split.names, counts):
-        breeds.setdefault(name.rpartition("_")[0], []).append(row)
-    breeds = {breed: scores(torch.stack(rows)) for breed, rows in breeds.items()}
-    whole = scores(counts)
-    result = {"split": args.split, "checkpoint": str(args.ckpt), **whole, "breeds": breeds,
+    whole = scores(counts, segmenter.about["classes"])
+    result = {"split": args.split, "checkpoint": str(args.ckpt), **whole,
               "trained": segmenter.about["trained"]}
+    text = score_table(args.split, whole)
+    if classes == ["background", "pet"]:
+        breeds = {}
+        for name, row in zip(split.names, counts):
+            breeds.setdefault(name.rpartition("_")[0], []).append(row)
+        breeds = {breed: scores(torch.stack(rows), classes) for breed, rows in breeds.items()}
+        result["breeds"] = breeds
+        rows = [{"breed": breed, **breeds[breed]} for breed in
+                sorted(breeds, key=lambda breed: breeds[breed]["dice"])]
+        text = table([*rows, {"breed": f"all of {args.split}", **whole}])
     data.write_json(Path(args.out) / f"{args.split}.json", result)
-    rows = [{"breed": breed, **breeds[breed]} for breed in
-            sorted(breeds, key=lambda breed: breeds[breed]["dice"])]
-    rows.append({"breed": f"all of {args.split}", **whole})
-    answer(args, f"{table(rows)}\nthe worst images: {worst}", result)
+    answer(args, f"{text}\nthe worst images: {worst}", result)
 
 
 AGREEMENT = ("dice", "iou", "own_size_dice", "own_size_iou")  # with a truth, where it is known
-ROW = ("file", "output", "pet_share", "left", "top", "right", "bottom", "confidence", *AGREEMENT)
+ROW = ("file", "output", "share", "left", "top", "right", "bottom", "confidence", *AGREEMENT)
 
 
-def infer_one(segmenter, kinds, out, path, name):
+def columns(classes):
+    """The columns of the table that `infer` writes: of many classes the share of each as well."""
+    return ROW if len(classes) == 2 else (*ROW, *(f"share of {name}" for name in classes))
+
+
+def infer_one(segmenter, kinds, out, sample, name):
     """Segments one picture and writes its results; returns its row of the table."""
-    photo, side, truth = data.read_image(path), segmenter.about["size"], data.find_truth(path)
-    pixels = torch.from_numpy(data.resized(photo, (side, side))[None]).to(segmenter.device)
-    small = predict(segmenter, data.floats(pixels))[0, 0].sigmoid().cpu().numpy()
-    mask, true_mask, sure = np.empty(photo.size[::-1], bool), None, 0.0
-    for rows, large in data.enlarged(small, mask.shape):
-        mask[rows] = large >= segmenter.threshold
-        sure += np.maximum(large, 1 - large).sum(dtype=float)
-    box = data.picture(mask).getbbox() or (None,) * 4
-    row = dict(zip(ROW, (data.printable(str(path)), name, float(mask.mean()), *box,
-                         sure / mask.size, *[None] * len(AGREEMENT))))
-    if truth:
-        labels = data.read_trimap(truth)
-        if labels.shape != mask.shape:
-            raise Problem(f"{path} and its trimap {truth} are of different sizes")
-        true_mask = labels > 0
-        found = []
-        small_labels = data.resized(labels, small.shape, "NEAREST")
-        for guess, right in ((small >= segmenter.threshold, small_labels > 0), (mask, true_mask)):
-            found += dice_and_iou(confusion(torch.from_numpy(guess)[None],
-                                            torch.from_numpy(right)[None]))
-        row |= zip(AGREEMENT, [float(measure) for measure in found])
+    about, photo, labels = segmenter.about, data.read_image(sample.image), None
+    classes, size = about["classes"], photo.size[::-1]
+    pixels = torch.from_numpy(data.resized(photo, about["size"])[None]).to(segmenter.device)
+    small = layers.probabilities(predict(segmenter, data.floats(pixels))).cpu()
+    if sample.mask:
+        labels = data.read_mask(sample.mask, sample.codes)
+        if labels.shape != size:
+            raise Problem(f"{sample.image} and its mask {sample.mask} are of different sizes")
+
+    def agreement(mask, labels):
+        target = true_classes(about, torch.from_numpy(labels)[None])
+        return confusion(torch.from_numpy(mask)[None], target, len(classes))
+
+    mask, sure, counts = np.empty(size, np.uint8), 0.0, 0
+    for rows, large in data.enlarged(small[0].numpy(), size):
+        mask[rows] = decide(torch.from_numpy(large)[None], segmenter.threshold)[0].numpy()
+        sure += (np.maximum(large, 1 - large) if len(large) == 1 else large.max(axis=0)).sum(
+            dtype=float)
+        if sample.mask:
+            counts = counts + agreement(mask[rows], labels[rows])
+    found = [None] * len(AGREEMENT)
+    if sample.mask:
+        first = agreement(decide(small, segmenter.threshold)[0].numpy(),
+                          data.resized(labels, about["size"], "NEAREST"))
+        both = scores(first, classes), scores(counts, classes)
+        found = [each[what] for each in both for what in ("dice", "iou")]
+    shares = [float((mask == label).mean()) for label in range(len(classes))]
+    box = data.picture(mask > 0).getbbox() or (None,) * 4
+    row = dict(zip(columns(classes), (data.printable(str(sample.image)), name, 1 - shares[0], *box,
+                                      sure / mask.size, *found, *shares)))
+    truth = None if labels is None else np.where(labels == data.VOID, 0, true_classes(
+        about, torch.from_numpy(labels)).numpy())
     for kind in kinds:
-        data.save_picture(data.RESULTS[kind](photo, mask, true_mask), out / f"{name}_{kind}.png")
+        data.save_picture(data.RESULTS[kind](photo, mask, truth, classes),
+                          out / f"{name}_{kind}.png")
     return row
 
 
-def kept_rows(path):
+def kept_rows(path, names):
     """The rows of an earlier table of `infer`, if there is one, by the names of the outputs."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            rows = [{name: row[name] for name in ROW} for row in csv.DictReader(file)]
+            rows = [{name: row[name] for name in names} for row in csv.DictReader(file)]
         for row in rows:
             row |= {name: float(row[name]) if row[name] else None for name in AGREEMENT}
     except FileNotFoundError:
@@ -1128,14 +1287,14 @@ def kept_rows(path):
 
 
 def infer_all(segmenter, kinds, out, jobs, rows):
-    """Does the jobs, (picture, name) each, adds to `rows` and writes them; returns what failed."""
+    """Does the jobs, (sample, name) each, adds to `rows` and writes them; returns what failed."""
     # each core takes a picture from file to file: 342 photos of 500×375 in 9 s on two cores, start
     # included; one after the other, with both cores on each network pass, 57 took 8 s
     torch.set_num_threads(1)
     failed = []
 
     def segment(job):
-        with data.opened(job[0]) as image:
+        with data.opened(job[0].image) as image:
             turn = data.turn(image)
         with turn:
             return infer_one(segmenter, kinds, out, *job)
@@ -1161,19 +1320,21 @@ def infer(args):
     """Finds the pets in pictures of any size and writes what --save names, and a table of all."""
     segmenter = load_segmenter(args.ckpt, args.device, args.precision, args.threshold, args.tta)
     out = Path(args.out)
+    classes = segmenter.about["classes"]
     if args.pictures:
-        paths = data.find_pictures(args.pictures)
+        known = "pet" in classes  # only a trimap says by itself what its numbers are
+        samples = [data.Sample(path.stem, path, data.find_truth(path) if known else None,
+                               data.PET_CODES) for path in data.find_pictures(args.pictures)]
     else:
-        samples = data.list_samples(choose_data(args, segmenter)[0], "test")
-        paths = [sample.image for sample in samples]
+        samples = data.samples(choose_data(args, segmenter)[0], "test")
     kinds = (args.save or ("mask,overlay,cutout" if args.pictures else "panel")).split(",")
     if unknown := set(kinds) - set(data.RESULTS):
         raise Problem(f"--save knows {', '.join(data.RESULTS)}, not {', '.join(unknown)}")
 
-    rows = kept_rows(out / "predictions.csv") if args.skip_existing else {}
-    jobs = list(zip(paths, data.unique_names(paths)))
-    left = [(path, name) for path, name in jobs
-            if rows.get(name, {}).get("file") != data.printable(str(path))
+    rows = kept_rows(out / "predictions.csv", columns(classes)) if args.skip_existing else {}
+    jobs = list(zip(samples, data.unique_names([sample.image for sample in samples])))
+    left = [(sample, name) for sample, name in jobs
+            if rows.get(name, {}).get("file") != data.printable(str(sample.image))
             or not all((out / f"{name}_{kind}.png").is_file() for kind in kinds)]
     for _, name in left:
         rows.pop(name, None)
@@ -1189,7 +1350,7 @@ def infer(args):
                  f"size, {result['own_size_dice']:.4f} at their own")
     answer(args, text, result)
     if failed:
-        raise Problem(f"{len(failed)} of {len(paths)} pictures could not be used: "
+        raise Problem(f"{len(failed)} of {len(jobs)} pictures could not be used: "
                       + "; ".join(failed[:5]))
 
 
@@ -1206,17 +1367,23 @@ def compare(args):
         if not history:
             raise Problem(f"{folder} is no run with a finished epoch: its metrics.csv has no rows")
         config = json.loads((folder / "config.json").read_text())
-        test = folder / "test.json"
-        best = max(history, key=lambda row: row["valid_dice"])
+        score, test = measure(config["labels"]), folder / "test.json"
+        best = max(history, key=lambda row: row[f"valid_{score}"])
         histories[name] = history
         rows.append({
             "run": name, "model": config["model"], "width": config["width"],
-            "parameters": sum(p.numel() for p in build(config).parameters()),
-            "size": config["size"], "epochs": len(history), "best_epoch": best["epoch"],
+            "parameters": sum(p.numel() for p in
+                              build({**config, "classes": config["labels"]}).parameters()),
+            "size": "×".join(map(str, config["size"])), "epochs": len(history),
+            "best_epoch": best["epoch"],
             "valid_dice": best["valid_dice"], "valid_iou": best["valid_iou"],
-            "test_dice": json.loads(test.read_text())["dice"] if test.is_file() else None,
+            f"test_{score}": json.loads(test.read_text())[score] if test.is_file() else None,
             "seconds": sum(row["seconds"] for row in history)})
-    data.draw_curves(args.out, histories)
+    if len({measure(json.loads((folder / "config.json").read_text())["labels"])
+            for folder in folders}) > 1:
+        raise Problem("runs of two classes are not compared with runs of more: they have other "
+                      "scores")
+    data.draw_curves(args.out, histories, score)
     answer(args, f"{table(rows)}\n{args.out}", {"runs": rows, "picture": args.out})
 
 
@@ -1236,12 +1403,14 @@ def manage_data(args):
         if not folder:
             raise Problem(f"there is nothing in {root} to check; petseg.py data get fetches the "
                           "pets, data toy draws toy pets, --data names a folder")
-    found = data.check(folder, progress)
+    source = look(folder, root, vars(args) | {"drawn": {}})
+    found = data.check(source, progress)
     faults = [fault for _, bad in found.values() for fault in bad]
     rows = [{"split": split, "pictures": number, "at_fault": len(bad)}
             for split, (number, bad) in found.items()]
-    answer(args, f"{folder}\n{table(rows)}",
-           {"folder": str(folder), "splits": rows, "faults": faults})
+    answer(args, f"{folder}: {source.layout}; {', '.join(source.classes)}\n{table(rows)}",
+           {"folder": str(folder), "layout": source.layout, "classes": source.classes,
+            "splits": rows, "faults": faults, "notes": source.notes})
     if faults:
         raise Problem(f"{len(faults)} pictures of {folder} are at fault: " + "; ".join(faults[:5]))
 
@@ -1249,7 +1418,7 @@ def manage_data(args):
 # -------------------------------------------------------------------------------- summary, bench
 
 
-def trace(model, width, side, up="transpose"):
+def trace(model, width, size, up="transpose"):
     """A row for each innermost layer of a network: its name, input and output (1, C, H, W),
     parameters and multiply-adds, from one pass without numbers."""
     rows = []
@@ -1270,7 +1439,7 @@ def trace(model, width, side, up="transpose"):
         for layer in names:
             if not list(layer.children()):
                 layer.register_forward_hook(note)
-        network(torch.zeros(1, 3, side, side))
+        network(torch.zeros(1, 3, *size))
     return rows
 
 
@@ -1298,7 +1467,7 @@ def plain_way(run, samples, device):
     def step(index):
         pairs = []
         for i in index:
-            image, labels = data.read_pair(samples[i], (run.size, run.size))
+            image, labels = data.read_pair(samples[i], run.size)
             pairs.append(data.augment(tensor(image), torch.tensor(labels)[None],
                                       data.generator(i), **AUGMENT["full"]))
         images, labels = (torch.cat(parts).to(device) for parts in zip(*pairs))
@@ -1310,7 +1479,7 @@ def plain_way(run, samples, device):
 
     @torch.no_grad()
     def guess(index):
-        images = torch.cat([tensor(data.read_image(samples[i].image, (run.size, run.size)))
+        images = torch.cat([tensor(data.read_image(samples[i].image, run.size))
                             for i in index]).to(device)
         return (network.eval()(data.normalise(images)).sigmoid() >= 0.5).cpu()
 
@@ -1319,7 +1488,7 @@ def plain_way(run, samples, device):
 
 def this_way(run, split, device):
     """A training step as `train` does it, with its network and optimizer."""
-    network = build(vars(run)).to(device)
+    network = build({**vars(run), "classes": ["background", "pet"]}).to(device)
     network.recompute = run.recompute
     average, optimizers = copy.deepcopy(network), make_optimizers(run, network)
 
@@ -1330,10 +1499,10 @@ def this_way(run, split, device):
     return step, network, optimizers
 
 
-def noise_split(number, side):
+def noise_split(number, size):
     """As many pictures of noise, where speed alone is asked for."""
     random = np.random.default_rng(0)
-    images = random.integers(0, 256, (number, side, side, 3), np.uint8)
+    images = random.integers(0, 256, (number, *size, 3), np.uint8)
     return data.Split([""] * number, images, random.integers(0, 3, images.shape[:3], np.uint8), [])
 
 
@@ -1419,7 +1588,8 @@ def matrix_rate(device, precision):
 def one_measurement(args, run, device):
     """What `bench` asks of a fresh process."""
     if args.only == "plain":
-        samples = data.list_samples(find_data(run.data, run.root, args.url)[1], "train")
+        source = look(find_data(run.data, run.root, args.url)[1], run.root, vars(run))
+        samples = data.samples(source, "train")
         step, guess = plain_way(run, samples, device)
         return {"train": pace(step, run, device, len(samples)),
                 "infer": pace(guess, run, device, len(samples)), "memory": peak_memory(device)}
@@ -1428,7 +1598,7 @@ def one_measurement(args, run, device):
         step, *_ = this_way(run, noise_split(run.batch, run.size), device)
         return {"train": pace(step, run, device, run.batch, steps=2, warm=1),
                 "memory": peak_memory(device)}
-    _, source = find_data(run.data, run.root, args.url)
+    source = look(find_data(run.data, run.root, args.url)[1], run.root, vars(run))
     split = data.onto(open_split(source, "train", run.size, run.root), device)
     number = len(split.names)
     step, network, optimizers = this_way(run, split, device)
@@ -1486,7 +1656,8 @@ def bench_ways(args, run, device):
 
 def bench_layers(args, run, device):
     """Each layer by itself, forward and backward: its time, its share of the arithmetic limit."""
-    network, rows, seen = build(vars(run)).to(device), [], {}
+    network = build({**vars(run), "classes": ["background", "pet"]}).to(device)
+    rows, seen = [], {}
     rate = matrix_rate(device, run.precision)
     for row in trace(args.model, run.width, run.size):
         layer, shape = network.get_submodule(row["layer"]), (run.batch, *row["input"][1:])
@@ -1553,12 +1724,12 @@ def bench_grid(args, run, device):
     """Images per second of training over batch sizes and sides."""
     settle_memory(device)
     rows, line = [], Line()
-    for run.size in (64, 128, 256, 512):
-        row = {"side": run.size}
+    for side in (64, 128, 256, 512):
+        row, run.size = {"side": side}, (side, side)
         for run.batch in (1, 2, 4, 8, 16, 32, 64):
-            line.show(f"side {run.size}, batch {run.batch}")
+            line.show(f"side {side}, batch {run.batch}")
             step, *_ = this_way(run, noise_split(run.batch, run.size), device)
-            steps = max(1, 2**19 // (run.batch * run.size**2))
+            steps = max(1, 2**19 // (run.batch * side**2))
             row[f"batch_{run.batch}"] = pace(step, run, device, run.batch, steps, warm=2)
         rows.append(row)
     return table(rows), {"grid": rows}
@@ -1585,7 +1756,7 @@ def bench_growth(args, run, device):
                 step, *_ = this_way(run, split, device)
                 speeds.append(pace(step, run, device, number, steps=50))
                 if turn == 0:
-                    rows.append({"pictures": number, "MB": 4 * run.size**2 * number / 1e6,
+                    rows.append({"pictures": number, "MB": 4 * math.prod(run.size) * number / 1e6,
                                  "own_memory_GB": own_memory()})
     for i, row in enumerate(rows):
         row["train, images/s"] = float(np.median(speeds[i::2]))
