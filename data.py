@@ -226,8 +226,11 @@ def read_mask(path, codes):
     numbers, known = mask_numbers(path), np.array(sorted(codes))
     places = np.searchsorted(known, numbers).clip(max=len(known) - 1)
     if (known[places] != numbers).any():
-        raise Problem(f"the mask {path} holds {shown(np.unique(numbers))}; expected of its layout: "
-                      f"{shown(codes)}")
+        words = {0: "background", VOID: "void", **dict.fromkeys(range(EDGE, VOID), "border")}
+        expected = [f"{number} = {words.get(label, f'class {label}')}"
+                    for number, label in codes.items()]
+        raise Problem(f"the mask {path} holds {shown(np.unique(numbers))}; expected "
+                      f"{', '.join(expected[:9])}")
     return np.array([codes[number] for number in known.tolist()], dtype=np.uint8)[places]
 
 

@@ -67,10 +67,11 @@ def changes(text):
 
 def size(text):
     """--size as (height, width): S, or HxW."""
-    sides = tuple(number(int, 32, 2**15)(side) for side in text.lower().split("x"))
-    if len(sides) > 2:
+    words = text.lower().split("x")
+    if len(words) > 2:
         raise argparse.ArgumentTypeError(f"expected a side as in 128, or height and width as in "
                                          f"256x512, not {text!r}")
+    sides = [number(int, 32, 2**15)(word) for word in words]
     return sides[0], sides[-1]
 
 

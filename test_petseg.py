@@ -51,6 +51,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "no_proxy": "127.0.0.1"}
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:PIL")  # pytest resets what data.py sets
 PROGRAM = Path(__file__).with_name("petseg.py")
 NETWORKS = [layers.UNet, layers.ResNet34UNet]
+TWO = ["background", "pet"]
 TINY = ("--data", "toy", "--size", 32, "--width", 2)
 
 
@@ -117,6 +118,12 @@ def toys(root):
 def pets(toys, tmp_path):
     """A copy of the toy pets, to be spoilt."""
     return shutil.copytree(toys, tmp_path / "pets")
+
+
+def look(folder, cache=None, **options):
+    """What data.look understands a folder as; without masks to be looked through there is no need
+    of a cache."""
+    return data.look(folder, cache, quiet, **options)
 
 
 def files(folder):
@@ -351,7 +358,7 @@ def test_losses_are_finite_at_any_logit(name, classes, large):
 @pytest.mark.parametrize("model", NETWORKS)
 def test_networks_overfit_eight_images(model, toys, tmp_path):
     torch.manual_seed(0)
-    images, labels = data.load(data.open_split(toys, "train", (48, 48), tmp_path, quiet),
+    images, labels = data.load(data.open_split(look(toys), "train", (48, 48), tmp_path, quiet),
                                np.arange(8))
     images, target = data.normalise(images), data.targets(labels)
     network, steps = model(width=8), 160
@@ -362,7 +369,7 @@ def test_networks_overfit_eight_images(model, toys, tmp_path):
         layers.bce_dice_loss(network(images), target).backward()
         optimizer.step()
     mask = network.eval()(images)[:, 0] > 0
-    assert petseg.scores(petseg.confusion(mask, target))["dice"] > 0.98
+    assert petseg.scores(petseg.confusion(mask.byte(), target), TWO)["dice"] > 0.98
 
 
 # ------------------------------------------------------------------------------------------ data
@@ -430,7 +437,7 @@ def test_exif_rotation_and_the_mask_that_goes_with_it(tmp_path, orientation, tur
     stored = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
     upright, exif = np.rot90(stored, turns), Image.Exif()
     exif[0x0112] = orientation
-    sample = data.Sample("a", tmp_path / "a.png", tmp_path / "mask.png")
+    sample = data.Sample("a", tmp_path / "a.png", tmp_path / "mask.png", data.PET_CODES)
     Image.fromarray(stored).save(sample.image, exif=exif)
     assert np.array_equal(data.read_image(sample.image), upright)
     for drawn_on in (upright, stored) if orientation > 4 else (upright,):
@@ -447,7 +454,7 @@ def test_damaged_pictures_are_unreadable_by_name(tmp_path, ending):
     cut = path.read_bytes()[:path.stat().st_size // 2]
     for content in (cut, b"", b"no picture at all"):
         path.write_bytes(content)
-        for read in (data.read_image, data.read_trimap):
+        for read in (data.read_image, data.mask_numbers):
             with pytest.raises(data.Unreadable, match=path.name):
                 read(path)
 
@@ -529,7 +536,7 @@ def test_fuzz_pictures(tmp_path):
         path.write_bytes(content)
         began = time.monotonic()
         for function in (data.read_image, lambda path: data.read_image(path, (32, 32)),
-                         data.read_trimap):
+                         data.mask_numbers):
             try:
                 read += np.asarray(function(path)).size > 0
             except data.Problem as problem:
@@ -556,7 +563,7 @@ def test_pictures_are_refused_by_the_size_they_claim(tmp_path):
     content = bytearray(path.read_bytes())
     content[16:29], content[29:33] = head, struct.pack(">I", zlib.crc32(b"IHDR" + head))
     path.write_bytes(content)
-    for read in (data.read_image, data.read_trimap):
+    for read in (data.read_image, data.mask_numbers):
         with pytest.raises(data.Unreadable, match="bomb.png.*100,000,000.*--max-pixels"):
             read(path)
     Image.new("1", (1, 10**6 + 1)).save(path)
@@ -590,20 +597,22 @@ def test_of_large_pictures_one_is_in_memory_at_a_time(tmp_path, monkeypatch):
 def test_enlarged_by_bands_is_as_in_one_piece():
     small = np.random.default_rng(0).random((32, 32), dtype=np.float32)
     for size in ((2000, 1500), (3, 2_000_000), (7, 5)):
-        bands = list(data.enlarged(small, size))
-        assert len(bands) == {2000: 3, 3: 3, 7: 1}[size[0]]
-        parts = np.concatenate([band for _, band in bands])
-        assert np.abs(parts - data.resized(small, size)).max() < 1e-4
+        bands = list(data.enlarged(np.stack((small, 1 - small)), size))
+        assert len(bands) == {2000: 6, 3: 3, 7: 1}[size[0]]
+        parts = np.concatenate([band for _, band in bands], axis=1)
+        for part, whole in zip(parts, (small, 1 - small), strict=True):
+            assert np.abs(part - data.resized(whole, size)).max() < 1e-4
         assert [row for rows, _ in bands for row in range(size[0])[rows]] == list(range(size[0]))
 
 
 def test_wrong_masks_say_what_was_found_and_what_expected(tmp_path):
-    sample = data.Sample("a", tmp_path / "a.jpg", tmp_path / "a.png")
+    sample = data.Sample("a", tmp_path / "a.jpg", tmp_path / "a.png", data.PET_CODES)
     RED_BLUE.save(sample.image)
-    for mask, found in (([[0, 1]], "0, 1"), ([[1, 38]], "1, 38"), (np.zeros((2, 2, 3)), "")):
+    for mask, found in (([[0, 1]], "0, 1"), ([[1, 38]], "1, 38"), (np.zeros((2, 2, 3)), "#000000")):
         Image.fromarray(np.uint8(mask)).save(sample.mask)
-        with pytest.raises(data.Problem, match=f"a.png.*{found}.*expected.*1 = pet, 2 = .*3 = "):
-            data.read_trimap(sample.mask)
+        with pytest.raises(data.Problem, match=f"a.png.*{found}.*expected 1 = class 1, 2 = backgr"
+                                               "ound, 3 = border"):
+            data.read_mask(sample.mask, sample.codes)
     Image.fromarray(np.ones((31, 40), np.uint8)).save(sample.mask)
     with pytest.raises(data.Problem, match="a.jpg.*30×40.*31×40"):
         data.read_pair(sample, (32, 32))
@@ -614,17 +623,17 @@ def test_split_rule(tmp_path):
     annotations.mkdir()
     lines = ["# a comment", *(f"{name} 1 1 1" for name in names[:12]), "", "#another", *names[12:]]
     (annotations / "trainval.txt").write_text("\n".join(lines))
-    train, valid = (data.list_samples(tmp_path, split) for split in ("train", "valid"))
+    train, valid = (look(tmp_path).splits[split] for split in ("train", "valid"))
     assert [sample.name for sample in valid] == ["Cat_0", "Cat_10", "Cat_20"]
     assert [sample.name for sample in train] == [name for i, name in enumerate(names) if i % 10]
-    assert valid[1][1:] == (tmp_path / "images" / "Cat_10.jpg",
+    assert valid[1][1:3] == (tmp_path / "images" / "Cat_10.jpg",
                             annotations / "trimaps" / "Cat_10.png")
     with pytest.raises(data.Problem, match="no test split"):
-        data.list_samples(tmp_path, "test")
-    for content, split in (("# nothing else\n", "valid"), ("\n\n", "valid"), ("one", "train")):
+        data.samples(look(tmp_path), "test")
+    for content in ("# nothing else\n", "\n\n", "one"):
         (annotations / "trainval.txt").write_text(content)
-        with pytest.raises(data.Problem, match=f"the {split} split.*is empty.*trainval.txt"):
-            data.list_samples(tmp_path, split)
+        with pytest.raises(data.Problem, match="the train split.*is empty.*trainval.txt"):
+            look(tmp_path)
 
 
 def test_names_of_any_kind_give_short_plain_names_of_their_own(tmp_path):
@@ -650,7 +659,7 @@ def test_names_of_any_kind_give_short_plain_names_of_their_own(tmp_path):
 
 
 def test_cache_holds_what_the_files_hold(toys, tmp_path):
-    split = data.open_split(toys, "valid", (32, 48), tmp_path, quiet)
+    split = data.open_split(look(toys), "valid", (32, 48), tmp_path, quiet)
     assert split.images.shape == (4, 32, 48, 3) and split.labels.shape == (4, 32, 48)
     for name, pixels, labels in zip(split.names, split.images, split.labels):
         photo = Image.open(toys / "images" / f"{name}.jpg").resize((48, 32), Image.BILINEAR)
@@ -658,34 +667,34 @@ def test_cache_holds_what_the_files_hold(toys, tmp_path):
         trimap = np.asarray(Image.open(toys / "annotations" / "trimaps" / f"{name}.png"))
         rows = [int((i + 0.5) * trimap.shape[0] / 32) for i in range(32)]
         columns = [int((j + 0.5) * trimap.shape[1] / 48) for j in range(48)]
-        assert np.array_equal(labels, np.array([255, 1, 0, 2])[trimap[np.ix_(rows, columns)]])
+        assert np.array_equal(labels, np.array([255, 1, 0, 129])[trimap[np.ix_(rows, columns)]])
 
 
 def test_cache_decodes_once_and_notices_changes(pets, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in pets.rglob("*")}
-    first = data.open_split(pets, "valid", (32, 32), tmp_path / "cache", quiet)
+    first = data.open_split(look(pets), "valid", (32, 32), tmp_path / "cache", quiet)
     assert {path: path.stat().st_mtime_ns for path in pets.rglob("*")} == before
 
     # spoil every picture behind the cache's back: who decodes again will notice
     for path in (pets / "images").iterdir():
         path.write_bytes(bytes(path.stat().st_size))
         os.utime(path, ns=(before[path], before[path]))
-    again = data.open_split(pets, "valid", (32, 32), tmp_path / "cache", quiet)
+    again = data.open_split(look(pets), "valid", (32, 32), tmp_path / "cache", quiet)
     assert np.array_equal(again.images, first.images)
 
-    for sample in data.list_samples(pets, "valid"):
+    for sample in look(pets).splits["valid"]:
         Image.new("RGB", Image.open(sample.mask).size, (9, 99, 199)).save(sample.image)
-    changed = data.open_split(pets, "valid", (32, 32), tmp_path / "cache", quiet)
+    changed = data.open_split(look(pets), "valid", (32, 32), tmp_path / "cache", quiet)
     assert np.abs(changed.images.astype(int) - (9, 99, 199)).max() < 5
     assert np.array_equal(changed.labels, first.labels)
 
 
 def test_cache_leaves_out_what_is_broken_and_leaves_nothing_when_it_fails(pets, tmp_path):
-    samples = data.list_samples(pets, "train")
+    samples = look(pets).splits["train"]
     samples[3].image.unlink()
     samples[5].image.write_bytes(b"spoilt")
     samples[7].mask.unlink()
-    split = data.open_split(pets, "train", (32, 32), tmp_path / "cache", quiet)
+    split = data.open_split(look(pets), "train", (32, 32), tmp_path / "cache", quiet)
     assert split.names == [s.name for i, s in enumerate(samples) if i not in (3, 5, 7)]
     assert len(split.images) == len(split.labels) == 33
     assert all(samples[i].name in line for i, line in zip((3, 5, 7), split.skipped, strict=True))
@@ -693,20 +702,20 @@ def test_cache_leaves_out_what_is_broken_and_leaves_nothing_when_it_fails(pets, 
     before = files(tmp_path / "cache")
     Image.new("L", Image.open(samples[-1].mask).size, 7).save(samples[-1].mask)
     with pytest.raises(data.Problem, match=f"{samples[-1].name}.png.* 7"):
-        data.open_split(pets, "train", (32, 32), tmp_path / "cache", quiet)
+        data.open_split(look(pets), "train", (32, 32), tmp_path / "cache", quiet)
     shutil.rmtree(pets / "images")
     with pytest.raises(data.Problem, match="none of"):
-        data.open_split(pets, "valid", (32, 32), tmp_path / "cache", quiet)
+        data.open_split(look(pets), "valid", (32, 32), tmp_path / "cache", quiet)
     assert files(tmp_path / "cache") == before
 
 
 def test_cache_leaves_out_what_is_too_large_until_it_is_allowed(pets, tmp_path):
-    samples = data.list_samples(pets, "valid")
-    for path in samples[1][1:]:
+    samples = look(pets).splits["valid"]
+    for path in samples[1][1:3]:
         Image.open(path).resize((300, 300)).save(path)
     for most, number in ((300 * 300 - 1, 3), (300 * 300, 4)):
         data.allow(most)
-        split = data.open_split(pets, "valid", (32, 32), tmp_path / "cache", quiet)
+        split = data.open_split(look(pets), "valid", (32, 32), tmp_path / "cache", quiet)
         assert len(split.names) == number and len(split.skipped) == 4 - number
     data.allow(10**8)
 
@@ -729,7 +738,7 @@ def test_toys_come_from_the_seed_in_the_layout_of_the_pets(tmp_path):
 
 
 def test_toys_are_not_told_by_colour(toys, tmp_path):
-    split = data.open_split(toys, "train", (64, 64), tmp_path, quiet)
+    split = data.open_split(look(toys), "train", (64, 64), tmp_path, quiet)
     truth, photos, best = split.labels > 0, split.images.astype(float), 0.0
     for channel in (*np.moveaxis(photos, 3, 0), photos.mean(axis=3)):
         for threshold in range(-1, 256, 4):  # -1 takes everything
@@ -809,10 +818,13 @@ def test_border_as_one_or_the_other_or_drawn_by_whole_regions():
     one = np.array([list(row) for row in ("a..bbbb", ".a....b", "..a.b.b", ".....b.", "cc.....",
                                           ".c.d..e")])  # touching at corners is touching
     regions = np.stack((one, np.char.upper(one)))
-    labels = torch.from_numpy(np.where(regions == ".", 1, 2).astype(np.uint8))
+    labels = torch.from_numpy(np.where(regions == ".", 1, 129).astype(np.uint8))
     labels[0, 0, 1] = 0
-    for border, value in (("foreground", 1), ("background", 0), ("ignore", 255)):
-        assert torch.equal(data.targets(labels, border), torch.where(labels == 2, value, labels))
+    for border, value in (("foreground", 1), ("background", 0), ("ignore", 255), ("class", 4)):
+        expected = torch.where(labels == 129, value, labels)
+        assert torch.equal(data.targets(labels, border, classes=5), expected)
+    others = torch.tensor([[[2, 130, 255]]], dtype=torch.uint8)
+    assert data.targets(others).tolist() == [[[2, 2, 255]]]
     targets = [data.targets(labels, "random", data.generator(draw)).numpy() for draw in range(20)]
     assert all((target == labels.numpy())[regions == "."].all() for target in targets)
     draws = set()
@@ -1002,15 +1014,16 @@ def test_png_is_read_back_as_it_was(tmp_path, mode, shape):
 
 
 def test_mask_overlay_cutout_and_panel():
-    photo, mask = Image.new("RGB", (120, 90), (90, 90, 90)), np.zeros((90, 120), bool)
-    mask[20:70, 30:90] = True
+    photo, mask = Image.new("RGB", (120, 90), (90, 90, 90)), np.zeros((90, 120), np.uint8)
+    mask[20:70, 30:90] = 1
     shown = np.asarray(data.overlay(photo, mask)).astype(int)
     assert (shown[:15] == 90).all() and (shown[45, 60] != 90).any()
     assert np.abs(shown[20, 60] - shown[45, 60]).max() > 50  # the contour is seen on either side
     assert np.abs(shown[19, 60] - shown[10, 60]).max() > 50
     alone = np.asarray(data.cutout(photo, mask))
-    assert np.array_equal(alone[..., 3], mask * 255) and (alone[mask][:, :3] == 90).all()
-    three, two = (data.panel(photo, truth, mask, "caption", side=60) for truth in (mask, None))
+    assert np.array_equal(alone[..., 3], mask * 255) and (alone[mask > 0][:, :3] == 90).all()
+    three, two = (data.panel(photo, truth, mask, "caption", TWO, side=60)
+                  for truth in (mask, None))
     assert three.height == two.height >= 60 and three.width >= 240 > two.width >= 160
 
 
@@ -1058,22 +1071,45 @@ def test_scores_against_slow_loops():
     for b in range(5):
         pairs = list(zip(mask[b].flatten().tolist(), target[b].flatten().tolist()))
         tp, fp, fn, tn = (pairs.count(pair) for pair in ((1, 1), (1, 0), (0, 1), (0, 0)))
-        expected.append([tp, fp, fn, tn])
+        expected.append([[tn, fp], [fn, tp]])
         dices.append(2 * tp / (2 * tp + fp + fn) if tp + fp + fn else 1)
         ious.append(tp / (tp + fp + fn) if tp + fp + fn else 1)
-    tp, fp, fn, tn = map(sum, zip(*expected))
-    counts = petseg.confusion(mask.bool(), target.to(torch.uint8))
+    (tn, fp), (fn, tp) = np.sum(expected, axis=0)
+    counts = petseg.confusion(mask.byte(), target.to(torch.uint8))
     assert counts.tolist() == expected and dices[3:] == [1, 0]
-    assert petseg.scores(counts) == pytest.approx({
+    assert petseg.scores(counts, TWO) == pytest.approx({
         "dice": sum(dices) / 5, "iou": sum(ious) / 5, "images": 5,
         "dataset_dice": 2 * tp / (2 * tp + fp + fn), "dataset_iou": tp / (tp + fp + fn),
         "precision": tp / (tp + fp), "recall": tp / (tp + fn),
         "accuracy": (tp + tn) / (tp + fp + fn + tn)})
 
 
+def test_scores_of_several_classes_against_slow_loops():
+    random = torch.Generator().manual_seed(0)
+    mask, target = (torch.randint(4, (3, 6, 7), generator=random) for _ in range(2))
+    target[torch.rand(target.shape, generator=random) < 0.2] = 255
+    mask[mask == 3], target[target == 3] = 1, 2  # so the last class does not occur
+    names = ["sky", "tree", "car", "nowhere"]
+    pairs = [(t, m) for t, m in zip(target.flatten().tolist(), mask.flatten().tolist()) if t < 255]
+    found = petseg.scores(petseg.confusion(mask.byte(), target.to(torch.uint8), 4), names)
+    dices, ious = [], []
+    for row, c in zip(found["classes"], range(3), strict=True):
+        tp, all_true = pairs.count((c, c)), sum(t == c for t, _ in pairs)
+        both = all_true + sum(m == c for _, m in pairs)
+        dices.append(2 * tp / both)
+        ious.append(tp / (both - tp))
+        assert row == {"class": names[c], "dice": pytest.approx(dices[-1]),
+                       "iou": pytest.approx(ious[-1]), "share": pytest.approx(all_true / len(pairs))}
+    del found["classes"]
+    assert found == pytest.approx({
+        "dice": np.mean(dices), "iou": np.mean(ious), "foreground_dice": np.mean(dices[1:]),
+        "foreground_iou": np.mean(ious[1:]), "images": 3,
+        "accuracy": sum(t == m for t, m in pairs) / len(pairs)})
+
+
 def test_score_of_a_split_counts_each_image_once(toys, tmp_path):
-    split = data.open_split(toys, "test", (32, 32), tmp_path, quiet)
-    about = {"mean": data.MEAN, "std": data.STD}
+    split = data.open_split(look(toys), "test", (32, 32), tmp_path, quiet)
+    about = {"classes": TWO, "border": "foreground", "mean": data.MEAN, "std": data.STD}
     segmenter = petseg.Segmenter(layers.UNet(width=2), about, "fp32")
     losses, dices = [], []
     for i in range(10):
@@ -1085,7 +1121,7 @@ def test_score_of_a_split_counts_each_image_once(toys, tmp_path):
     for batch in (4, 10):
         loss, counts = petseg.score_split(segmenter, split, batch)
         assert loss == pytest.approx(sum(losses) / 10, rel=1e-4)
-        assert petseg.scores(counts)["dice"] == pytest.approx(sum(dices) / 10, abs=1e-3)
+        assert petseg.scores(counts, TWO)["dice"] == pytest.approx(sum(dices) / 10, abs=1e-3)
 
 
 def test_a_picture_is_also_seen_mirrored_and_in_other_sizes():
@@ -1108,8 +1144,8 @@ def test_a_picture_is_also_seen_mirrored_and_in_other_sizes():
 
 
 def test_a_prediction_does_not_depend_on_its_neighbours():
-    about = {"model": "unet", "width": 4, "up": "transpose", "dropout": 0.0, "size": 32,
-             "mean": data.MEAN, "std": data.STD}
+    about = {"model": "unet", "width": 4, "up": "transpose", "dropout": 0.0, "size": (32, 32),
+             "classes": TWO, "border": "foreground", "mean": data.MEAN, "std": data.STD}
     segmenter = petseg.Segmenter(petseg.build(about), about, "fp32")
     images = torch.rand(7, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     images = images.to(memory_format=torch.channels_last)
@@ -1131,8 +1167,10 @@ def test_a_saved_network_predicts_as_before_its_saving(tmp_path):
         first.conv.weight *= 300
         first.bn.running_var *= 300**2
     about = {"petseg": "network", "model": "unet", "width": 2, "up": "transpose", "dropout": 0.0,
-             "size": 32, "mean": data.MEAN, "std": data.STD}
-    made = {"data": "toy", "root": "data", "command": "train unet"}
+             "size": (32, 32), "classes": TWO, "border": "foreground", "mean": data.MEAN,
+             "std": data.STD}
+    made = {"data": "toy", "root": "data", "command": "train unet", "classes": "pet",
+            "cityscapes_classes": "19", "drawn": {}}
     petseg.save_network(tmp_path / "best.pt", network, about, made)
     images = torch.rand(2, 3, 32, 32)
     before, after = (petseg.predict(segmenter, images) for segmenter in (
@@ -1166,15 +1204,16 @@ def test_schedules_at_their_corners():
     (1, 0.85, [128]), (2, 1.0, [64, 128]), (3, 0.0, [128] * 3),
     (12, 0.75, [64] * 6 + [96] * 3 + [128] * 3)])
 def test_pictures_grow_to_their_full_side(epochs, grow, sides):
-    run = Namespace(size=128, epochs=epochs, grow=grow)
-    assert [petseg.side_of_epoch(run, epoch) for epoch in range(1, epochs + 1)] == sides
+    run = Namespace(size=(128, 256), epochs=epochs, grow=grow)
+    assert [petseg.size_of_epoch(run, epoch) for epoch in range(1, epochs + 1)] == [
+        (side, 2 * side) for side in sides]
     # what is done is told in pixels: half of an epoch of half the side is an eighth of a large one
     total = sum(side**2 for side in sides)
     assert petseg.share_done(run, 1, 0.5) == pytest.approx(sides[0]**2 / 2 / total)
     assert petseg.share_done(run, epochs, 0) == pytest.approx(1 - 128**2 / total)
     assert petseg.share_done(run, epochs, 1) == pytest.approx(1)
-    run.size = 33  # of which half would be too small
-    assert {petseg.side_of_epoch(run, epoch) for epoch in range(1, epochs + 1)} <= {32, 33}
+    run.size = 33, 33  # of which half would be too small
+    assert {petseg.size_of_epoch(run, epoch)[0] for epoch in range(1, epochs + 1)} <= {32, 33}
 
 
 @pytest.mark.parametrize("toy, epochs, kind", [
@@ -1300,7 +1339,7 @@ def test_resume_with_more_epochs_equals_one_long_run(trained, root, tmp_path):
     assert command.split(", ")[1:] == ["resumed with --epochs 2"]
     assert re.search("lr .*0.1", refused("train", "--resume", folder, "--lr", 0.1))
     shutil.copytree(root, tmp_path / "less")
-    data.list_samples(tmp_path / "less" / data.TOYS, "train")[0].image.unlink()
+    look(tmp_path / "less" / data.TOYS).splits["train"][0].image.unlink()
     assert "pictures" in refused("train", "--resume", folder, "--epochs", 3, "--root",
                                  tmp_path / "less")
 
@@ -1314,7 +1353,7 @@ def test_a_run_begins_with_the_weights_it_is_given(trained, root, tmp_path):
         if "running" not in name and "tracked" not in name:
             torch.testing.assert_close(last["network"][name], weight.float(), rtol=0, atol=0)
     config = json.loads((folder / "config.json").read_text())
-    assert (config["width"], config["size"]) == (given["width"], given["size"])
+    assert (config["width"], config["size"]) == (given["width"], [*given["size"]])
     assert config["command"].endswith(f"begun with the weights of {given['trained']['command']}")
     os.remove(best)  # a resumed run has no need of it
     answer("train", "--resume", folder, "--epochs", 2)
@@ -1516,9 +1555,9 @@ def test_steps_whose_gradients_are_not_finite_are_left_out_and_counted(toys, tmp
                                                                       monkeypatch):
     calls, real = [], layers.bce_dice_loss
 
-    def sometimes_infinite(logits, target):
+    def sometimes_infinite(logits, target, weights):
         calls.append(len(calls))
-        return real(logits, target) * (math.inf if calls[-1] in bad else 1)
+        return real(logits, target, weights) * (math.inf if calls[-1] in bad else 1)
 
     monkeypatch.setitem(layers.LOSSES, "bce_dice", sometimes_infinite)
     words = ["train", "unet", "--root", toys.parent, *TINY, "--batch", 2, "--epochs", 1, "--out",
@@ -1566,7 +1605,7 @@ def test_infer_takes_any_pictures(trained, toys, tmp_path):
             picture = Image.open(out / f"{name}_{kind}.png")
             assert (picture.size, picture.mode) == (size, mode)
         mask = np.asarray(Image.open(out / f"{name}_mask.png")) > 0
-        assert float(row["pet_share"]) == pytest.approx(mask.mean())
+        assert float(row["share"]) == pytest.approx(mask.mean())
         assert bool(row["dice"]) == (name == known.stem)
     assert len(list(out.iterdir())) == 3 * 3 + 1
 
@@ -1673,7 +1712,7 @@ def test_infer_holds_fifteen_bytes_for_a_pixel(trained, tmp_path):
 def test_training_goes_on_from_the_cache(root, tmp_path):
     """A batch larger than the data, masks of nothing but background, and pictures that vanish."""
     pets = shutil.copytree(root / data.TOYS, tmp_path / "pets")
-    samples = data.list_samples(pets, "train") + data.list_samples(pets, "valid")
+    samples = look(pets).splits["train"] + look(pets).splits["valid"]
     for sample in samples:
         Image.new("L", Image.open(sample.mask).size, 2).save(sample.mask)
     words = ["train", "unet", "--data", pets, "--root", tmp_path, "--out", tmp_path / "runs",
@@ -1694,7 +1733,7 @@ def test_infer_without_pictures_shows_the_test_split(trained, root, tmp_path):
                     "--threshold", 0, "--out", tmp_path)
     rows = read_rows(tmp_path / "predictions.csv")
     assert result["images"] == len(rows) == len(list(tmp_path.glob("*_panel.png"))) == 10
-    assert all(float(row["pet_share"]) == 1 for row in rows)  # as the threshold is 0
+    assert all(float(row["share"]) == 1 for row in rows)  # as the threshold is 0
     assert result["dice"] == pytest.approx(sum(float(row["dice"]) for row in rows) / 10)
 
 
@@ -1726,7 +1765,7 @@ def test_data_check(root, pets):
     rows = answer("data", "check", "--data", "toy", "--root", root)["splits"]
     assert [(row["split"], row["pictures"]) for row in rows] == [
         ("train", 36), ("valid", 4), ("test", 10)]
-    path = data.list_samples(pets, "test")[2].image
+    path = look(pets).splits["test"][2].image
     path.write_bytes(b"spoilt")
     assert path.name in refused("data", "check", "--data", pets)
     said = refused("data", "check", "--data", pets, "--max-pixels", 99)
@@ -1892,7 +1931,7 @@ def test_a_machine_at_its_limits(error, advice, monkeypatch, capsys):
 def test_a_cache_that_the_disk_cannot_hold(toys, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Namespace(free=4 * 32 * 32 * 4 - 1))
     with pytest.raises(data.Problem, match="needs.*disk has.*--root"):
-        data.open_split(toys, "valid", (32, 32), tmp_path, quiet)
+        data.open_split(look(toys), "valid", (32, 32), tmp_path, quiet)
     assert not files(tmp_path)
 
 
@@ -1900,13 +1939,14 @@ def test_a_cache_that_the_disk_cannot_hold(toys, tmp_path, monkeypatch):
     ("train vgg", "vgg"),
     ("train", "unet"),
     ("train unet --size 31", "31"),
+    ("train unet --size 64x64x3", "64x64x3"),
     ("train unet --epochs 0", "epochs"),
     ("train unet --augment swirl=1", "swirl.*|none, flip, full, strong.*rotate"),
     ("train unet --augment flip=1,rotate=999", "180.*999"),
     ("train unet --data {folder}/no-test --compile --recompute", "--compile and --recompute"),
     ("train unet --data {folder}/nowhere", "nowhere"),
-    ("train unet --data {folder}/empty", "trainval.txt"),
-    ("train unet --data {folder}/wrong --root {folder}", "50, 100, 150.*expected.*1 = pet"),
+    ("train unet --data {folder}/empty", "is not understood.*annotations"),
+    ("train unet --data {folder}/wrong --root {folder}", "50, 100, 150.*expected 1 = class"),
     ("train unet --data {folder}/no-test --root {folder} --width 99999", "memory.*--width"),
     ("train resnet34_unet --init {run}/best.pt --data {folder}/no-test --root {folder}",
      "best.pt are of another network"),
