@@ -343,6 +343,14 @@ def test_losses_and_gradients_against_slow_loops(classes):
             assert leaf.grad[place].item() == pytest.approx(slope, rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.parametrize("logits", [[[-1.0, 2.0]], [[0.5, 0.0], [1.0, 1.0]]])
+def test_a_pixel_counts_as_its_class_is_weighted(logits):
+    logits, target = torch.tensor(logits).view(1, -1, 1, 2), torch.tensor([[[0, 1]]])
+    each = [layers.bce_loss(logits[..., i:i + 1], target[..., i:i + 1]).item() for i in range(2)]
+    weighted = layers.bce_loss(logits, target, torch.tensor([1.0, 3.0])).item()
+    assert weighted == pytest.approx((each[0] + 3 * each[1]) / 4)
+
+
 @pytest.mark.parametrize("name", layers.LOSSES)
 @pytest.mark.parametrize("classes", [1, 3])
 @pytest.mark.parametrize("large", [1e4, math.inf])
@@ -634,6 +642,157 @@ def test_split_rule(tmp_path):
         (annotations / "trainval.txt").write_text(content)
         with pytest.raises(data.Problem, match="the train split.*is empty.*trainval.txt"):
             look(tmp_path)
+
+
+GREEN, BLACK = data.COLOUR + 0x00FF00, data.COLOUR
+
+
+@pytest.mark.parametrize("numbers, listed, codes, names", [
+    ([0, 1], [], {0: 0, 1: 1, 255: 255}, ["background", "foreground"]),
+    ([0, 255], [], {0: 0, 255: 1}, ["background", "foreground"]),
+    ([0, 255], ["floor", "cat"], {0: 0, 255: 1}, ["floor", "cat"]),
+    ([0, 1, 255], [], {0: 0, 1: 1, 255: 255}, ["background", "foreground"]),
+    ([0, 7, 9, 255], [], {0: 0, 7: 1, 9: 2, 255: 255}, ["class 0", "class 7", "class 9"]),
+    ([0, 2, 3], ["a", "b", "c d", "void"], {0: 0, 1: 1, 2: 2, 3: 255, 255: 255}, ["a", "b", "c d"]),
+    ([0, 3], ["a", "b", "c"], None, "hold 3, which its classes.txt does not name.* 0, 1, 2"),
+    ([BLACK, GREEN], [], {BLACK: 0, GREEN: 1, 255: 255}, ["#000000", "#00ff00"]),
+    ([BLACK, GREEN], ["my car 0 255 0", "road 0 0 0"], {GREEN: 0, BLACK: 1, 255: 255},
+     ["my car", "road"]),
+    ([BLACK, GREEN], ["road 0 0 0", "car 1 1 1"], None, "hold #00ff00, which"),
+    ([BLACK, GREEN], ["a", "b", "c"], None, "names 3 classes, the masks hold 2.*car 64 0 128"),
+    ([1, GREEN], [], None, "some masks.*numbers, others colours"),
+    ([7], [], None, "all masks.* hold 7"), ([], [], None, "all masks.* hold nothing"),
+    (list(range(200)), [], None, "200 numbers or colours.*swapped"),
+    ([0, 255], ["a", "void"], None, "1 classes")])
+def test_what_numbers_in_masks_mean(numbers, listed, codes, names):
+    if codes is None:
+        with pytest.raises(data.Problem, match=names):
+            data.meaning(Path("folder"), numbers, listed, [])
+    else:
+        assert data.meaning(Path("folder"), numbers, listed, []) == (codes, names)
+
+
+def lay_out(folder, kind, number=12):
+    """A folder of `number` labelled pictures of 40×32 in some layout: a bright box on the left, of
+    which the right half is another class where there are three; returns the labels expected."""
+    labels = np.zeros((32, 40), np.uint8)
+    labels[8:24, 4:28] = 1
+    if kind not in ("numbers", "black and white", "bits"):
+        labels[8:24, 16:28] = 2
+    photo = Image.fromarray(np.stack((labels * 100, 200 - labels * 50, labels * 9), axis=2))
+    indices, ending, suffix = Image.fromarray(labels), "jpg", ""
+    if kind == "black and white":
+        indices = Image.fromarray(labels * 255)
+    elif kind == "bits":
+        indices = Image.fromarray(labels * 255).convert("1")
+        photo, ending = photo.convert("L"), "png"
+    elif kind == "palette":
+        indices.putpalette([9, 9, 9, 200, 0, 0, 0, 0, 200])
+        photo, ending, suffix = photo.convert("RGBA"), "png", "_mask"
+    elif kind == "colours":
+        indices = Image.fromarray(np.array([(0, 0, 0), (64, 0, 128), (0, 9, 0)], np.uint8)[labels])
+        (folder / "classes.txt").write_text("ground 0 0 0\ncar 64 0 128\n\ntree 0 9 0\n")
+        suffix = "_label"
+    elif kind == "splits":
+        (folder / "classes.txt").write_text("ground\ncar\nvoid\n")
+        labels[labels == 2] = 255
+    for i in range(number):
+        split = ("train", "val", "test")[max(0, i - number + 3)]
+        part, name = folder / (split if kind == "splits" else "."), f"street {i}"
+        photos, masks, place = part / "images", part / "masks", Path(name)
+        if kind == "Cityscapes":
+            photos, masks = folder / "leftImg8bit" / split, folder / "gtFine" / split
+            place, ending, suffix = Path("town") / name, "png", "_gtFine_labelIds"
+            indices = Image.fromarray(np.array((7, 26, 5), np.uint8)[labels])
+        for path in (photos / place, masks / place):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        photo.save(f"{photos / place}{'_leftImg8bit' * (kind == 'Cityscapes')}.{ending}")
+        indices.save(f"{masks / place}{suffix}.png")
+    if kind == "Cityscapes":
+        labels = np.array((0, 13, 255), np.uint8)[labels]
+    return labels
+
+
+LAYOUTS = {"numbers": ["background", "foreground"], "black and white": ["background", "foreground"],
+           "bits": ["background", "foreground"], "palette": ["class 0", "class 1", "class 2"],
+           "colours": ["ground", "car", "tree"], "splits": ["ground", "car"],
+           "Cityscapes": [data.CITYSCAPES[i - 4] for i in data.BENCHMARK]}
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_each_layout_is_understood(kind, tmp_path):
+    folder = tmp_path / "own"
+    folder.mkdir()
+    expected = lay_out(folder, kind)
+    source = look(folder, tmp_path / "cache")
+    assert source.classes == LAYOUTS[kind]
+    sizes = {split: len(samples) for split, samples in source.splits.items()}
+    assert sizes == {"train": 10, "valid": 1, **({"test": 1} if kind != "Cityscapes" else {})}
+    names = [sample.name for samples in source.splits.values() for sample in samples]
+    assert len(set(names)) == len(names)
+    split = data.open_split(source, "train", (32, 40), tmp_path / "cache", quiet)
+    assert all(np.array_equal(labels, expected) for labels in split.labels)
+    assert (split.images[0][..., 0] > 50)[12:20, 8:12].all()
+    assert not [*folder.rglob("*.json"), *folder.rglob("*.npy")]
+
+
+def test_the_lot_divides_once_and_for_all(tmp_path):
+    lay_out(tmp_path, "numbers", 40)
+    first, again = (look(tmp_path, tmp_path / name) for name in "ab")
+    assert first.drawn == again.drawn and [*map(len, first.splits.values())] == [32, 4, 4]
+    for part in ("images", "masks"):  # what comes later is for training
+        path = next((tmp_path / part).iterdir())
+        shutil.copy(path, path.with_stem("later"))
+    later = look(tmp_path, tmp_path / "a", drawn=first.drawn)
+    assert [*map(len, later.splits.values())] == [33, 4, 4]
+    assert later.splits["test"] == first.splits["test"]
+
+
+def test_thirty_classes_of_cityscapes(tmp_path):
+    lay_out(tmp_path, "Cityscapes")
+    source = look(tmp_path, cityscapes="30")
+    assert len(source.classes) == 30 and source.classes[7 - 4] == "road"
+    labels = data.read_mask(source.splits["train"][0].mask, source.splits["train"][0].codes)
+    assert sorted(np.unique(labels)) == [1, 3, 22]  # dynamic, road, car
+
+
+@pytest.mark.parametrize("harm, expected", [
+    ("swap", "numbers or colours.*swapped"), ("size", "31×40.*must agree"),
+    ("lonely", "left out.*odd"),
+    ("none", "no picture in .*images has a mask in .*_mask"), ("few", "2 labelled.*at least 3"),
+    ("no val", "no val/"), ("blank", "all masks .* hold 0"), ("no masks", "no folder .*masks")])
+def test_what_trips_people_over(harm, expected, tmp_path):
+    lay_out(tmp_path, "splits" if harm == "no val" else "numbers", 2 if harm == "few" else 12)
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (31, 40, 3), dtype=np.uint8))
+    if harm == "swap":
+        for path in images.iterdir():
+            noise.save(path)
+        images.rename(tmp_path / "x")
+        masks.rename(images)
+        (tmp_path / "x").rename(masks)
+    elif harm == "size":
+        noise.save(images / "street 3.jpg")
+    elif harm == "lonely":
+        noise.save(images / "odd.jpg")
+    elif harm == "none":
+        for path in masks.iterdir():
+            path.rename(path.with_stem(path.stem + "x"))
+    elif harm == "no val":
+        shutil.rmtree(tmp_path / "val")
+    elif harm == "blank":
+        for path in masks.iterdir():
+            Image.new("L", (40, 32)).save(path)
+    elif harm == "no masks":
+        shutil.rmtree(masks)
+    if harm == "lonely":
+        [note] = look(tmp_path, tmp_path / "cache").notes
+        assert re.search(expected, note)
+    else:
+        with pytest.raises(data.Problem, match=expected):
+            source = look(tmp_path, tmp_path / "cache")
+            for split in source.splits:
+                data.open_split(source, split, (32, 32), tmp_path / "cache", quiet)
 
 
 def test_names_of_any_kind_give_short_plain_names_of_their_own(tmp_path):
@@ -1002,10 +1161,13 @@ def test_archive_that_lies_or_is_a_bomb_is_refused(tmp_path, monkeypatch, member
 
 
 @pytest.mark.parametrize("mode, shape", [("L", (7, 5)), ("RGB", (1, 9, 3)), ("RGBA", (6, 1, 4)),
-                                         ("RGB", (1100, 1000, 3))])  # the last in two bands
+                                         ("RGB", (1100, 1000, 3)), ("P", (4, 6))])
 def test_png_is_read_back_as_it_was(tmp_path, mode, shape):
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-    data.save_picture(Image.fromarray(pixels), tmp_path / "any.png")
+    picture = Image.fromarray(pixels)
+    if mode == "P":
+        picture.putpalette(range(256 * 3 % 256, 30))
+    data.save_picture(picture, tmp_path / "any.png")
     with Image.open(tmp_path / "any.png") as image:
         image.verify()
     with Image.open(tmp_path / "any.png") as image:
@@ -1025,6 +1187,21 @@ def test_mask_overlay_cutout_and_panel():
     three, two = (data.panel(photo, truth, mask, "caption", TWO, side=60)
                   for truth in (mask, None))
     assert three.height == two.height >= 60 and three.width >= 240 > two.width >= 160
+
+
+def test_masks_of_many_classes_have_their_numbers_and_colours_and_a_legend(tmp_path):
+    classes = ["ground", *(f"a long name {i}" for i in range(1, 30))]
+    mask = np.zeros((40, 300), np.uint8)
+    mask[10:30] = np.repeat(np.arange(30), 10)
+    data.save_picture(data.mask_picture(mask, classes), tmp_path / "mask.png")
+    with Image.open(tmp_path / "mask.png") as image:
+        assert image.mode == "P" and np.array_equal(np.asarray(image), mask)
+        colours = np.asarray(image.convert("RGB"))[20, ::10]
+    assert len({tuple(colour) for colour in colours.tolist()}) == 25  # then they come again
+    photo = Image.new("RGB", (300, 40), (90, 90, 90))
+    plain, many = (data.panel(photo, None, mask, "caption", names) for names in (TWO, classes))
+    below = np.asarray(many)[plain.height:].reshape(-1, 3)
+    assert {tuple(colour) for colour in colours[1:].tolist()} <= {*map(tuple, below.tolist())}
 
 
 def test_curves_run_where_the_numbers_say(tmp_path):
@@ -1099,7 +1276,8 @@ def test_scores_of_several_classes_against_slow_loops():
         dices.append(2 * tp / both)
         ious.append(tp / (both - tp))
         assert row == {"class": names[c], "dice": pytest.approx(dices[-1]),
-                       "iou": pytest.approx(ious[-1]), "share": pytest.approx(all_true / len(pairs))}
+                       "iou": pytest.approx(ious[-1]),
+                       "share": pytest.approx(all_true / len(pairs))}
     del found["classes"]
     assert found == pytest.approx({
         "dice": np.mean(dices), "iou": np.mean(ious), "foreground_dice": np.mean(dices[1:]),
@@ -1326,6 +1504,66 @@ def test_train_and_eval(model, trained, root, tmp_path):
     for measure in ("split", "images", "dice", "iou", "dataset_dice", "precision", "recall"):
         assert again[measure] == result[measure]
     assert result["images"] == sum(breed["images"] for breed in again["breeds"].values()) == 10
+
+
+@pytest.mark.parametrize("kind, options", [
+    ("bits", "unet"), ("palette", "unet --class-weights sqrt"), ("splits", "unet --loss dice"),
+    ("colours", "unet --size 32x48 --loss bce --class-weights inverse"),
+    ("Cityscapes", "unet --schedule plateau")])
+def test_own_data_from_training_to_masks(kind, options, tmp_path):
+    folder, root = tmp_path / "own", ("--root", tmp_path / "root")
+    folder.mkdir()
+    labels, words = lay_out(folder, kind, 30), options.split()
+    result = answer("train", words[0], "--data", folder, *root, "--out", tmp_path / "runs",
+                    "--size", "32x32", "--width", 4, "--batch", 4, "--epochs", 12, "--augment",
+                    "none", *words[1:])
+    run_folder, score = Path(result["run"]), "dice" if len(LAYOUTS[kind]) == 2 else "iou"
+    rows = read_rows(run_folder / "metrics.csv")
+    assert result[f"valid_{score}"] == max(float(row[f"valid_{score}"]) for row in rows) > 0.4
+    config = json.loads((run_folder / "config.json").read_text())
+    assert config["labels"] == LAYOUTS[kind]
+    ckpt, split = ("--ckpt", run_folder / "best.pt"), result["split"]
+    again = answer("eval", *ckpt, *root, "--split", split, "--out", tmp_path / "eval")
+    assert again[score] == result[score] and again["images"] == result["images"] > 0
+    if kind != "Cityscapes":  # its test part has no truth
+        there = answer("infer", *ckpt, *root, "--out", tmp_path / "out")
+        assert there["images"] == result["images"] and there["dice"] > 0.4
+    picture = next(path for path in sorted(folder.rglob("street*")) if "mask" not in str(path))
+    answer("infer", *ckpt, picture, "--save", "mask,overlay,cutout,panel", "--out",
+           tmp_path / "one")
+    [row] = read_rows(tmp_path / "one" / "predictions.csv")
+    with Image.open(tmp_path / "one" / f"{row['output']}_mask.png") as mask:
+        assert mask.size == (40, 32) and mask.mode == ("L" if score == "dice" else "P")
+        found = np.asarray(mask) // (255 if score == "dice" else 1)
+    assert (found == labels)[labels < 255].mean() > 0.6
+    if score == "iou":
+        shares = [float(row[f"share of {name}"]) for name in LAYOUTS[kind]]
+        assert shares == pytest.approx([(found == i).mean() for i in range(len(shares))])
+
+
+@pytest.mark.parametrize("options, names", [
+    ("--border class", ["background", "pet", "border"]),
+    ("--classes species", ["background", "cat", "dog"]),
+    ("--classes species --border ignore", ["background", "cat", "dog"])])
+def test_the_pets_as_several_classes(options, names, trained, root, tmp_path):
+    result = answer("train", "unet", "--root", root, "--out", tmp_path, *TINY, *options.split(),
+                    "--epochs", 2)
+    assert {row["class"] for row in result["classes"]} <= set(names)
+    shares = {row["class"]: row["share"] for row in result["classes"]}
+    pixels = dict.fromkeys(names, 0)
+    source = look(root / data.TOYS, classes="species")
+    for labels in data.open_split(source, "test", (32, 32), tmp_path / "cache", quiet).labels:
+        for name, numbers in {"background": [0], "cat": [1, 129], "dog": [2, 130]}.items():
+            if "border class" in options:
+                name, numbers = {"background": "background"}.get(name, "pet"), numbers[:1]
+            pixels[name] += np.isin(labels, numbers).sum()
+        if "border class" in options:
+            pixels["border"] += (labels > 128).sum()
+    total = sum(pixels.values())
+    assert shares == pytest.approx({name: pixels[name] / total for name in shares})
+    config = json.loads((Path(result["run"]) / "config.json").read_text())
+    assert config["labels"] == names
+    assert "other scores" in refused("compare", result["run"], trained["unet"])
 
 
 def test_resume_with_more_epochs_equals_one_long_run(trained, root, tmp_path):
