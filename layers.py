@@ -1,7 +1,7 @@
 """layers.py: two networks for semantic segmentation and their losses, by hand in plain torch.
 
 Read from top to bottom: the blocks, the two networks (each is an encoder that halves the picture
-and a decoder that doubles it again), the initialisation, folding for prediction, the losses.
+and a decoder that doubles it again), the initialisation, what is done for use, the losses.
 
 Shapes in the comments are (batch, channels, height, width) for an input of (B, 3, H, W), width 64.
 """
@@ -75,8 +75,9 @@ class BasicBlock(nn.Module):
 
 def recomputed(function, x):
     """function(x), of which only x is kept until the backward pass, which computes the rest again.
-    Under eight million numbers there is too little to save for the time that it takes."""
-    if x.numel() < 2**23:
+    Without gradients there is no such pass, and under eight million numbers too little to save for
+    the time that it takes."""
+    if not torch.is_grad_enabled() or x.numel() < 2**23:
         return function(x)
     return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
 
@@ -279,6 +280,25 @@ def folded(network, dtype=torch.float32):
     return network.to(dtype)
 
 
+def probabilities(logits):
+    """Logits (B, C, H, W) to the probability of each class, with one logit to that of class 1."""
+    return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(dim=1)
+
+
+class Portable(nn.Module):
+    """A network as it is taken elsewhere: with the normalisation of its pictures before it, which
+    are (B, 3, H, W) in 0..1, and probabilities instead of logits behind it."""
+
+    def __init__(self, network, mean, std):
+        super().__init__()
+        self.network = network
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
+
+    def forward(self, images):
+        return probabilities(self.network((images - self.mean) / self.std))
+
+
 MODELS = {"unet": UNet, "resnet34_unet": ResNet34UNet}
 
 # ---------------------------------------------------------------------------------------- losses
@@ -289,11 +309,6 @@ MODELS = {"unet": UNet, "resnet34_unet": ResNet34UNet}
 def finite(logits):
     """Logits in fp32, infinite ones made finite: inf − inf would be nan."""
     return logits.float().clamp(-1e5, 1e5)
-
-
-def probabilities(logits):
-    """Logits (B, C, H, W) to the probability of each class, with one logit to that of class 1."""
-    return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(dim=1)
 
 
 def bce_loss(logits, target, weights=None, ignore=255):

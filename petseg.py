@@ -187,6 +187,8 @@ def command_line():
     add = command("summary", "a table of layers: shape, parameters, multiply-adds",
                   "size", "width", "up", size=(256, 256), width=64, up="transpose")
     add("model", choices=MODELS)
+    command("export", "a network as one file that is used without petseg: .pt2 (torch), .onnx",
+            "ckpt", "out", out="model.pt2")
     add = command("bench", "images per second and peak memory: the plain loop and this one",
                   *source, "device", "precision", "size", "width", "batch", "recompute", "rounds",
                   "layers", "memory", "grid", "growth", "only", data="toy")
@@ -203,8 +205,10 @@ import ctypes
 import errno
 import fcntl
 import hashlib
+import importlib.util
 import io
 import json
+import logging
 import math
 import pickle
 import platform
@@ -217,6 +221,7 @@ import struct
 import subprocess
 import tempfile
 import time
+import warnings
 import zipfile
 from datetime import datetime
 
@@ -1455,6 +1460,44 @@ def summary(args):
            {"model": args.model, "size": args.size, "width": args.width, **total, "layers": rows})
 
 
+@torch.no_grad()
+def export(args):
+    """Writes the network of a best.pt, with its normalisation, as one file that is used without
+    petseg: a program of torch.export, or ONNX."""
+    out = Path(args.out)
+    if out.suffix not in (".pt2", ".onnx"):
+        raise Problem(f"{out} is to end in .pt2 (for torch) or .onnx; name it so with --out")
+    if out.suffix == ".onnx" and not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
+        raise Problem(f"{out} takes two more packages: pip install onnx onnxscript")
+    warnings.simplefilter("ignore")  # torch's words about itself; nothing comes after this command
+    logging.disable(logging.WARNING)
+    segmenter = load_segmenter(args.ckpt, "cpu", "fp32")
+    about, classes = segmenter.about, segmenter.network.head.out_channels
+    network = layers.Portable(segmenter.network, about["mean"], about["std"])
+    # free to change: a batch of any number, and sides that both networks can halve to the end. From
+    # 64 on: torch sees a side of 1, as ResNet34UNet has it at the bottom of 32, as a case by itself
+    batch, rows, columns = (torch.export.Dim(name, min=least) for name, least in
+                            (("batch", 1), ("rows", 2), ("columns", 2)))
+    program = torch.export.export(network, (torch.zeros(2, 3, 64, 96),),
+                                  dynamic_shapes=({0: batch, 2: 32 * rows, 3: 32 * columns},))
+    notes = json.dumps({name: about[name] for name in ("classes", "size", "mean", "std",
+                                                       "trained")})
+    if out.suffix == ".pt2":
+        memory = io.BytesIO()
+        torch.export.save(program, memory, extra_files={"petseg.json": notes})
+        content = memory.getvalue()
+    else:
+        onnx = torch.onnx.export(program, dynamo=True, verbose=False, input_names=["images"],
+                                 output_names=["probabilities"])
+        onnx.model.metadata_props["petseg.json"] = notes
+        content = onnx.model_proto.SerializeToString()
+    data.write(out, content)
+    answer(args, f"{out}: {about['model']}, input (B, 3, H, W) in 0..1, H and W multiples of 32 "
+           f"from 64 up, trained at {'×'.join(map(str, about['size']))}; output (B, {classes}, H, W), probabilities",
+           {"out": str(out), "model": about["model"], "classes": about["classes"],
+            "size": about["size"]})
+
+
 def plain_way(run, samples, device):
     """How it is usually done: fp32, contiguous, each picture read from its file every time and
     augmented by itself. Returns a training step and a prediction, both of a list of indices."""
@@ -1782,7 +1825,7 @@ def bench(args):
 
 
 COMMANDS = {"train": train, "eval": evaluate, "infer": infer, "compare": compare,
-            "data": manage_data, "summary": summary, "bench": bench}
+            "data": manage_data, "summary": summary, "export": export, "bench": bench}
 
 
 def main():

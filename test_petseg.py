@@ -10,6 +10,7 @@ import errno
 import gzip
 import hashlib
 import http.server
+import importlib.util
 import io
 import json
 import math
@@ -277,6 +278,15 @@ def test_folded_network_says_the_same(model):
 def test_dropout_only_while_training(model, dropout, training):
     network, x = model(width=4, dropout=dropout).train(training), torch.rand(2, 3, 32, 32)
     assert torch.equal(network(x), network(x)) == (dropout == 0 or not training)
+
+
+def test_portable_network_normalises_and_says_probabilities():
+    images, mean, std = torch.rand(2, 3, 4, 5), (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    logits = torch.stack([(images[:, i] - mean[i]) / std[i] for i in range(3)], dim=1)
+    several = layers.Portable(nn.Identity(), mean, std)(images)
+    torch.testing.assert_close(several, logits.exp() / logits.exp().sum(dim=1, keepdim=True))
+    one = layers.Portable(nn.Conv2d(3, 1, 1), mean, std)
+    torch.testing.assert_close(one(images), 1 / (1 + torch.exp(-one.network(logits))))
 
 
 def test_one_image_of_the_least_size_can_be_learned_from():
@@ -1339,6 +1349,7 @@ def test_a_prediction_does_not_depend_on_its_neighbours():
 
 
 def test_a_saved_network_predicts_as_before_its_saving(tmp_path):
+    torch.manual_seed(0)
     network = layers.UNet(width=2)
     first = network.encoder[0][0]
     with torch.no_grad():  # large numbers, as after a long run, that amount to the same
@@ -2030,6 +2041,83 @@ def test_summary(model):
     assert sum(layer["parameters"] for layer in result["layers"]) == result["parameters"]
     macs = {"unet": 64 * 3 * 9 * 256 * 256, "resnet34_unet": 64 * 3 * 49 * 128 * 128}
     assert result["layers"][0]["multiply_adds"] == macs[model]
+
+
+def save_random(path, model, classes=TWO):
+    """A best.pt of a tiny network whose batch norms are as after some training; the network."""
+    about = {"petseg": "network", "model": model, "width": 2, "up": "transpose", "dropout": 0.1,
+             "size": (64, 64), "classes": classes, "border": "foreground",
+             "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)}
+    torch.manual_seed(0)
+    network = petseg.build(about)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.4, 1.0)
+            nn.init.normal_(module.bias)
+    network(torch.randn(4, 3, 64, 64))
+    with torch.no_grad():  # what the file will hold
+        for weight in network.parameters():
+            weight.copy_(weight.half() if weight.dim() > 1 else weight)
+    made = {"data": "toy", "root": "data", "command": f"train {model}", "classes": "pet",
+            "cityscapes_classes": "19", "drawn": {}}
+    petseg.save_network(path, network, about, made)
+    return network.eval()
+
+
+ELSEWHERE = """import sys, torch
+notes = {"petseg.json": ""}
+network = torch.export.load("model.pt2", extra_files=notes).module()
+torch.save([network(images) for images in torch.load("images.pt")], "found.pt")
+print(*{"petseg", "layers", "data"} & set(sys.modules), notes["petseg.json"])"""
+
+
+def test_an_exported_network_says_the_same_without_petseg(tmp_path):
+    path, classes = tmp_path / "there" / "model.pt2", ["sky", "tree", "car"]
+    network = save_random(tmp_path / "best.pt", "resnet34_unet", classes)
+    result = run("export", "--ckpt", tmp_path / "best.pt", "--out", path, "--json")
+    assert json.loads(result.stdout) == {"out": str(path), "model": "resnet34_unet",
+                                         "size": [64, 64], "classes": classes}
+    assert not result.stderr and list(path.parent.iterdir()) == [path]
+    shapes = [(1, 3, 64, 64), (5, 3, 64, 160), (3, 3, 128, 96)]  # 2×64×96 was it traced with
+    images = [torch.rand(shape) for shape in shapes]
+    images.append(images[1].to(memory_format=torch.channels_last))
+    torch.save(images, path.with_name("images.pt"))
+    done = subprocess.run([sys.executable, "-I", "-c", ELSEWHERE], cwd=path.parent, text=True,
+                          capture_output=True)
+    assert done.returncode == 0, done.stderr
+    notes = json.loads(done.stdout)  # and no module of petseg was named before it
+    assert notes["classes"] == classes and notes["mean"] == [0.1, 0.2, 0.3]
+    assert notes["size"] == [64, 64] and notes["trained"]["command"] == "train resnet34_unet"
+    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7])
+    for x, found in zip(images, torch.load(path.with_name("found.pt")), strict=True):
+        x = ((x.permute(0, 2, 3, 1) - mean) / std).permute(0, 3, 1, 2)
+        with torch.no_grad():
+            expected = torch.exp(network(x))
+        expected /= expected.sum(dim=1, keepdim=True)
+        assert expected.std() > 0.01
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_export_to_onnx(tmp_path):
+    network, path = save_random(tmp_path / "best.pt", "unet"), tmp_path / "model.onnx"
+    words = ("export", "--ckpt", tmp_path / "best.pt", "--out", path)
+    if not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
+        assert "pip install onnx onnxscript" in refused(*words)
+        assert not path.exists()
+        return
+    assert answer(*words)["out"] == str(path)
+    runtime, images = pytest.importorskip("onnxruntime"), torch.rand(3, 3, 128, 96)
+    found, = runtime.InferenceSession(path).run(None, {"images": images.numpy()})
+    with torch.no_grad():
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7)))
+        expected = 1 / (1 + torch.exp(-network((images - mean) / std)))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_export_names_the_endings_it_knows_before_it_reads(tmp_path):
+    said = refused("export", "--ckpt", tmp_path / "missing.pt", "--out", tmp_path / "model.pth")
+    assert re.search("model.pth.*pt2.*onnx", said) and not list(tmp_path.iterdir())
+    assert "missing.pt" in refused("export", "--ckpt", tmp_path / "missing.pt")
 
 
 def test_bench(root):
