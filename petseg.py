@@ -1493,7 +1493,8 @@ def export(args):
         content = onnx.model_proto.SerializeToString()
     data.write(out, content)
     answer(args, f"{out}: {about['model']}, input (B, 3, H, W) in 0..1, H and W multiples of 32 "
-           f"from 64 up, trained at {'×'.join(map(str, about['size']))}; output (B, {classes}, H, W), probabilities",
+           f"from 64 up, trained at {'×'.join(map(str, about['size']))}; output (B, {classes}, H, W)"
+           ", probabilities",
            {"out": str(out), "model": about["model"], "classes": about["classes"],
             "size": about["size"]})
 
