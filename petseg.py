@@ -143,6 +143,7 @@ OTHERS = {
     "memory": (None, AMOUNT, "instead: the largest batch in so many GB"),
     "grid": (False, bool, "instead: images/s over batch sizes and sides"),
     "growth": (False, bool, "instead: images/s from ten times as much data"),
+    "scaling": (False, bool, "instead: images/s of several processes, and what they exchange"),
     "only": (None, str, argparse.SUPPRESS),
 }
 
@@ -188,7 +189,7 @@ def command_line():
     add("model", choices=MODELS)
     add = command("bench", "images per second and peak memory: the plain loop and this one",
                   *source, "device", "precision", "size", "width", "batch", "recompute", "rounds",
-                  "layers", "memory", "grid", "growth", "only", data="toy")
+                  "layers", "memory", "grid", "growth", "scaling", "only", data="toy")
     add("model", choices=MODELS)
     return parser
 
@@ -305,7 +306,9 @@ def shared(network, device):
         return network
     if device.type == "cuda":
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
-    return torch.nn.parallel.DistributedDataParallel(network, broadcast_buffers=False)
+    together = torch.nn.parallel.DistributedDataParallel(network)
+    together.broadcast_buffers = False  # process 0's; `level` takes the mean of all
+    return together
 
 
 def level(network):
@@ -1721,9 +1724,10 @@ def one_measurement(args, run, device):
         return {"train": pace(step, run, device, len(samples)),
                 "infer": pace(guess, run, device, len(samples)), "memory": peak_memory(device)}
     settle_memory(device)
-    if args.only == "step":
+    if args.only in ("step", "scaling"):
         step, *_ = this_way(run, noise_split(run.batch, run.size), device)
-        return {"train": pace(step, run, device, run.batch, steps=2, warm=1),
+        steps, warm = (2, 1) if args.only == "step" else (12, 3)
+        return {"train": pace(step, run, device, run.batch, steps, warm),
                 "memory": peak_memory(device)}
     source = look(find_data(run.data, run.root, args.url)[1], run.root, vars(run))
     split = data.onto(open_split(source, "train", run.size, run.root), device)
@@ -1740,12 +1744,19 @@ def one_measurement(args, run, device):
             **where_time_goes(run, step, network, optimizers, device, number)}
 
 
-def in_fresh_process(way, *words):
-    """A measurement in a process of its own, whose peak memory is then that of the measurement."""
-    words = [sys.executable, __file__, *sys.argv[1:], "--json", "--only", way, *words]
-    child = subprocess.run(words, capture_output=True, text=True)
+def in_fresh_process(way, *words, processes=0):
+    """A measurement in a process of its own, whose peak memory is then that of the measurement, or
+    by torchrun in several of one thread each."""
+    words, threads = [__file__, *sys.argv[1:], "--json", "--only", way, *words], {}
+    if processes:
+        words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+                 *words]
+        threads = {"OMP_NUM_THREADS": "1"}
+    child = subprocess.run([sys.executable, *words], capture_output=True, text=True,
+                           env=os.environ | threads)
     if child.returncode:
         said = child.stderr.strip().splitlines() or ["it was killed, most likely for its memory"]
+        said = [line for line in said if line.startswith("petseg: ")] or said
         raise Problem(said[-1].removeprefix("petseg: "))
     return json.loads(child.stdout.splitlines()[-1])
 
@@ -1890,8 +1901,26 @@ def bench_growth(args, run, device):
     return table(rows), {"growth": rows}
 
 
+def bench_scaling(args, run, device):
+    """Training by one process, and by one for each GPU, or by two on the CPU: of one thread each,
+    by turns, the batch together the same."""
+    many = torch.cuda.device_count() if device.type == "cuda" else 2
+    speeds, line = {1: [], many: []}, Line()
+    for turn in range(args.rounds):
+        for number in speeds:
+            line.show(f"round {turn + 1} of {args.rounds}: {number} processes")
+            speeds[number].append(in_fresh_process("scaling", processes=number)["train"])
+    rows = [{"processes": number, "train, images/s": float(np.median(found))}
+            for number, found in speeds.items()]
+    for row in rows:
+        row["ratio"] = row["train, images/s"] / rows[0]["train, images/s"]
+    size = 4 * sum(row["parameters"] for row in trace(args.model, run.width, run.size, run.up))
+    return (f"{table(rows)}\ngradients: {size / 1e6:.1f} MB a step",
+            {"scaling": rows, "bytes_a_step": size, "rounds": speeds})
+
+
 def bench(args):
-    """Times the plain way against this one, or does what else --layers … --growth ask for."""
+    """Times the plain way against this one, or does what else --layers … --scaling ask for."""
     device = pick_device(args.device)
     run = settings(args, device, toy=False)
     if args.only:
@@ -1901,7 +1930,7 @@ def bench(args):
              "threads": torch.get_num_threads()}
     say(", ".join(f"{name} {value}" for name, value in about.items()))
     kinds = {"layers": bench_layers, "memory": bench_memory, "grid": bench_grid,
-             "growth": bench_growth}
+             "growth": bench_growth, "scaling": bench_scaling}
     kind = next((kinds[name] for name in kinds if getattr(args, name)), bench_ways)
     text, result = kind(args, run, device)
     answer(args, text, {**about, **result})
@@ -1935,12 +1964,18 @@ def main():
     except (MemoryError, RuntimeError) as error:
         # torch says it by a RuntimeError, on a GPU and on the CPU in these words
         words = ("out of memory", "can't allocate memory", "not enough memory")
-        if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
+        if isinstance(error, MemoryError) or any(word in str(error) for word in words):
+            message = "not enough memory; lower --batch, --size or --width"
+        elif isinstance(error, dist.DistError) or "gloo" in str(error):
+            message = "another process has ended, and so this one does"
+        else:
             raise
-        message = "not enough memory; lower --batch, --size or --width"
     else:
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return
-    say(f"petseg: {data.printable(message)}")
+    which = f"process {rank()} of {world()}: " if rank() else ""
+    say(f"petseg: {which}{data.printable(message)}", who=rank())
     raise SystemExit(2)
 
 
