@@ -313,8 +313,8 @@ def shared(network, device):
 
 def level(network):
     """Makes the statistics of batch norms, on CPUs of each process's own pictures, those of all."""
-    if world() > 1:
-        statistics = [each for each in network.buffers() if each.is_floating_point()]
+    statistics = [each for each in network.buffers() if each.is_floating_point()]
+    if world() > 1 and statistics:
         mean = total(torch.cat(statistics)) / world()
         for each, part in zip(statistics, mean.split([len(each) for each in statistics])):
             each.copy_(part)
