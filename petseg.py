@@ -86,7 +86,7 @@ OPTIONS = {
     "data": ("auto", str, "auto (the pets, or else the toys), pets, toy, or a folder"),
     "root": ("data", str, "where data is kept"),
     "epochs": (None, POSITIVE, "times through the training pictures: 20, for the toys 16 or 20"),
-    "batch": (None, POSITIVE, "pictures at a time: 16, or 32 on a GPU"),
+    "batch": (None, POSITIVE, "pictures at a time, of all processes: 16, or 32 on a GPU"),
     "size": (None, size, "S or HxW in pixels: 128, or 256 on a GPU"),
     "width": (None, POSITIVE, "channels of the first level: 64 on a GPU, else 16 (unet) or 32"),
     "up": ("transpose", ("transpose", "bilinear"), "how the decoder doubles the size"),
@@ -235,6 +235,25 @@ from data import Problem
 # many, and starts all anew when one is lost. Where a single process runs, nothing here does a thing
 
 
+def fresh(store, number, of):
+    """A part of the launcher's store without what is left there from before a restart, where the
+    addresses of processes that are gone would be taken for true. It has a name that process 0 makes
+    up and tells each other under that one's own; torchrun's count of restarts would not do, for
+    each machine counts its own."""
+    name = own = os.urandom(8).hex()
+    if number:
+        store.set(f"waiting {number}", own)
+        name = store.get(f"answer to {own}").decode()  # as soon as it is there
+        store.add(name, 1)
+        return dist.PrefixStore(name, store)
+    while store.add(name, 0) < of - 1:
+        for other in range(1, of):
+            if store.check([f"waiting {other}"]):
+                store.set(f"answer to {store.get(f'waiting {other}').decode()}", name)
+        time.sleep(0.05)
+    return dist.PrefixStore(name, store)
+
+
 def join():
     """Meets the other processes that torchrun has started, if it was torchrun that started this."""
     if not dist.is_torchelastic_launched():
@@ -243,10 +262,9 @@ def join():
     if gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
     store, number, of = next(dist.rendezvous("env://"))
-    # the launcher's store outlives a restart and still has the addresses of those who are gone
-    store = dist.PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", store=store, rank=number,
-                            world_size=of, timeout=timedelta(hours=1))  # as long as data may take
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", rank=number, world_size=of,
+                            store=fresh(store, number, of),
+                            timeout=timedelta(hours=1))  # as long as data may take
 
 
 def rank():
