@@ -1984,6 +1984,8 @@ def main():
         words = ("out of memory", "can't allocate memory", "not enough memory")
         if isinstance(error, MemoryError) or any(word in str(error) for word in words):
             message = "not enough memory; lower --batch, --size or --width"
+        elif isinstance(error.__cause__, SystemExit):  # SIGTERM, in the midst of an import
+            raise error.__cause__
         elif isinstance(error, dist.DistError) or "gloo" in str(error):
             message = "another process has ended, and so this one does"
         else:
