@@ -114,7 +114,9 @@ def ahead(function, items, report):
         except Problem as fault:
             return fault
 
-    cores, rest = os.cpu_count(), iter(items)
+    # what torchrun has started on one machine shares its cores
+    cores = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    rest = iter(items)
     pool = ThreadPoolExecutor(cores)
     try:
         waiting = deque(pool.submit(attempt, item) for item in islice(rest, 4 * cores))

@@ -102,8 +102,9 @@ class TransposedConv(nn.ConvTranspose2d):
         batch, channels, height, width = x.shape
         weight = self.weight.permute(2, 3, 1, 0).reshape(-1, channels)     # (2 · 2 · out, in)
         y = F.linear(x.permute(0, 2, 3, 1), weight, self.bias.repeat(4))   # (B, H, W, 2 · 2 · out)
-        y = y.view(batch, height, width, 2, 2, -1).transpose(2, 3)         # (B, H, 2, W, 2, out)
-        return y.reshape(batch, 2 * height, 2 * width, -1).permute(0, 3, 1, 2)
+        out = self.out_channels
+        y = y.view(batch, height, width, 2, 2, out).transpose(2, 3)        # (B, H, 2, W, 2, out)
+        return y.reshape(batch, 2 * height, 2 * width, out).permute(0, 3, 1, 2)
 
 
 class UpConcat(nn.Module):

@@ -1,7 +1,7 @@
 """petseg.py: the command line and the loops: train, evaluate, use.
 
-Read from top to bottom: the command line, what is said to the user, the scores, the learning-rate
-schedules, checkpoints, and then one function for each subcommand, `train` first.
+Read from top to bottom: the command line, several processes, what is said to the user, the scores,
+the learning-rate schedules, checkpoints, and then one function for each subcommand, `train` first.
 
 What it reaches on two CPU cores (AMD EPYC with bfloat16, torch 2.13.0; seed 0, --weight-decay 0;
 the pets' runs were scored with the mirror image afterwards, which adds a second an epoch):
@@ -87,7 +87,7 @@ OPTIONS = {
     "data": ("auto", str, "auto (the pets, or else the toys), pets, toy, or a folder"),
     "root": ("data", str, "where data is kept"),
     "epochs": (None, POSITIVE, "times through the training pictures: 20, for the toys 16 or 20"),
-    "batch": (None, POSITIVE, "pictures at a time: 16, or 32 on a GPU"),
+    "batch": (None, POSITIVE, "pictures at a time, of all processes: 16, or 32 on a GPU"),
     "size": (None, size, "S or HxW in pixels: 128, or 256 on a GPU"),
     "width": (None, POSITIVE, "channels of the first level: 64 on a GPU, else 16 (unet) or 32"),
     "up": ("transpose", ("transpose", "bilinear"), "how the decoder doubles the size"),
@@ -144,6 +144,7 @@ OTHERS = {
     "memory": (None, AMOUNT, "instead: the largest batch in so many GB"),
     "grid": (False, bool, "instead: images/s over batch sizes and sides"),
     "growth": (False, bool, "instead: images/s from ten times as much data"),
+    "scaling": (False, bool, "instead: images/s of several processes, and what they exchange"),
     "only": (None, str, argparse.SUPPRESS),
 }
 
@@ -191,7 +192,7 @@ def command_line():
             "ckpt", "out", out="model.pt2")
     add = command("bench", "images per second and peak memory: the plain loop and this one",
                   *source, "device", "precision", "size", "width", "batch", "recompute", "rounds",
-                  "layers", "memory", "grid", "growth", "only", data="toy")
+                  "layers", "memory", "grid", "growth", "scaling", "only", data="toy")
     add("model", choices=MODELS)
     return parser
 
@@ -223,27 +224,139 @@ import tempfile
 import time
 import warnings
 import zipfile
-from datetime import datetime
+from contextlib import contextmanager
+from datetime import datetime, timedelta
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.nn.functional import interpolate as resize
 
 import data
 import layers
 from data import Problem
 
+# ------------------------------------------------------------------------------- several processes
+# torchrun starts this program once for each GPU, or as often as it is told, on one machine or on
+# many, and starts all anew when one is lost. Where a single process runs, nothing here does a thing
+
+
+def fresh(store, number, of):
+    """A part of the launcher's store without what is left there from before a restart, where the
+    addresses of processes that are gone would be taken for true. It has a name that process 0 makes
+    up and tells each other under that one's own; torchrun's count of restarts would not do, for
+    each machine counts its own."""
+    name = own = os.urandom(8).hex()
+    if number:
+        store.set(f"waiting {number}", own)
+        name = store.get(f"answer to {own}").decode()  # as soon as it is there
+        store.add(name, 1)
+        return dist.PrefixStore(name, store)
+    while store.add(name, 0) < of - 1:
+        for other in range(1, of):
+            if store.check([f"waiting {other}"]):
+                store.set(f"answer to {store.get(f'waiting {other}').decode()}", name)
+        time.sleep(0.05)
+    return dist.PrefixStore(name, store)
+
+
+def join():
+    """Meets the other processes that torchrun has started, if it was torchrun that started this."""
+    if not dist.is_torchelastic_launched():
+        return
+    gpus = torch.cuda.device_count()
+    if gpus:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
+    store, number, of = next(dist.rendezvous("env://"))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", rank=number, world_size=of,
+                            store=fresh(store, number, of),
+                            timeout=timedelta(hours=1))  # as long as data may take
+
+
+def rank():
+    """The number of this process, from 0 on. Number 0 alone speaks, and writes into a run."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def total(tensor, how=dist.ReduceOp.SUM):
+    """The sum of a tensor over all processes, which takes its place."""
+    if world() > 1:
+        dist.all_reduce(tensor, how)
+    return tensor
+
+
+def agreed(*numbers):
+    """The largest of each number over all processes, so that all of them do the same."""
+    return total(torch.tensor(numbers), dist.ReduceOp.MAX).tolist()
+
+
+def of_first(thing):
+    """What process 0 has given for `thing`."""
+    box = [thing]
+    if world() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def of_each(thing):
+    """What each process has given for `thing`, in their order."""
+    box = [thing] * world()
+    if world() > 1:
+        dist.all_gather_object(box, thing)
+    return box
+
+
+@contextmanager
+def in_turn():
+    """Process 0 goes first, then the first of each other machine, then all others: they find on
+    disk what those have fetched and built, whether the machines share it or not."""
+    turn = 0 if rank() == 0 else 1 if os.environ["LOCAL_RANK"] == "0" else 2
+    for _ in range(turn):
+        agreed(0)
+    yield
+    for _ in range(turn, 2):
+        agreed(0)
+
+
+def shared(network, device):
+    """The network as all processes train it together: each of them gets the mean of the gradients
+    of all; on GPUs batch norms go by the pictures of all."""
+    if world() == 1:
+        return network
+    if device.type == "cuda":
+        torch.nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    together = torch.nn.parallel.DistributedDataParallel(network)
+    together.broadcast_buffers = False  # process 0's; `level` takes the mean of all
+    return together
+
+
+def level(network):
+    """Makes the statistics of batch norms, on CPUs of each process's own pictures, those of all."""
+    statistics = [each for each in network.buffers() if each.is_floating_point()]
+    if world() > 1 and statistics:
+        mean = total(torch.cat(statistics)) / world()
+        for each, part in zip(statistics, mean.split([len(each) for each in statistics])):
+            each.copy_(part)
+
+
 # --------------------------------------------------------------------- what is said to the user
 
 
-def say(text):
+def say(text, who=0):
     """A line of progress or warning, on stderr, in place of an unfinished one."""
-    print(("\r\x1b[K" if sys.stderr.isatty() else "") + text, file=sys.stderr, flush=True)
+    if rank() == who:
+        print(("\r\x1b[K" if sys.stderr.isatty() else "") + text, file=sys.stderr, flush=True)
 
 
 def answer(args, text, result):
     """The result, on stdout: as text for people, or as one line of JSON."""
-    print(json.dumps(result) if args.json else text, flush=True)
+    if rank() == 0:
+        print(json.dumps(result) if args.json else text, flush=True)
 
 
 def table(rows):
@@ -276,7 +389,7 @@ class Line:
 
     def due(self):
         """Whether it is time to show something again."""
-        return time.monotonic() - self.shown > (0.2 if self.terminal else 30)
+        return rank() == 0 and time.monotonic() - self.shown > (0.2 if self.terminal else 30)
 
     def show(self, text):
         if self.due():
@@ -650,14 +763,17 @@ def true_classes(about, labels):
 
 def score_split(segmenter, split, batch=32, loss=layers.bce_dice_loss, weights=None):
     """Predicts a whole split; returns its mean loss and the confusion of each image (N, C, C)."""
-    total, counts, classes = 0.0, [], len(segmenter.about["classes"])
-    for index in torch.arange(len(split.names)).split(batch):
-        images, labels = data.load(split, index, segmenter.device)
+    number, classes = len(split.names), len(segmenter.about["classes"])
+    lost = torch.zeros((), device=segmenter.device)
+    counts = torch.zeros(number, classes, classes, dtype=torch.long, device=segmenter.device)
+    for start in range(rank(), number, batch * world()):
+        mine = slice(start, start + batch * world(), world())  # each process takes its share
+        images, labels = data.load(split, torch.arange(number)[mine], segmenter.device)
         target, logits = true_classes(segmenter.about, labels), predict(segmenter, images)
-        total += loss(logits, target, weights) * len(index)
+        lost += loss(logits, target, weights) * len(images)
         mask = decide(layers.probabilities(logits), segmenter.threshold)
-        counts.append(confusion(mask, target, classes))
-    return float(total) / len(split.names), torch.cat(counts).cpu()
+        counts[mine] = confusion(mask, target, classes)
+    return float(total(lost)) / number, total(counts).cpu()
 
 
 def score_images(counts):
@@ -825,16 +941,16 @@ def settings(args, device, toy):
     return argparse.Namespace(**run)
 
 
-def read_state(folder, device):
+def read_state(folder):
     """The state in which a run was left: its last.pt or, where that cannot be read, the checkpoint
     before it."""
     before = folder / "previous.pt"
     try:
-        return read_checkpoint(folder / "last.pt", "training", device)
+        return read_checkpoint(folder / "last.pt", "training", "cpu")
     except Problem as problem:
         say(f"warning: {problem}; trying the one before it, {before}")
     try:
-        return read_checkpoint(before, "training", device)
+        return read_checkpoint(before, "training", "cpu")
     except Problem as problem:
         raise Problem(f"{problem}; if there is a best.pt, train MODEL --init {folder / 'best.pt'} "
                       "begins a new run with its weights") from problem
@@ -849,14 +965,14 @@ def lock(folder):
         raise Problem(f"another process is training in {folder}; stop it, or wait for its end")
 
 
-def resume(args, folder, device):
+def resume(args, folder):
     """What `start_or_resume` returns for a run that was begun before."""
     if not folder.is_dir():
         raise Problem(f"there is no run {folder} to resume; name a folder in {args.out}")
     lock(folder)
     for leftover in folder.glob(".part-*"):  # what a kill kept from being renamed
         shutil.rmtree(leftover)
-    state = read_state(folder, device)
+    state = read_state(folder)
     run = argparse.Namespace(**state["settings"])
     for name, value in typed(args).items():
         if name in MAY_CHANGE:
@@ -887,7 +1003,7 @@ def start_or_resume(args, device):
     """Returns the run's folder, its settings, and its last checkpoint (None at the start)."""
     if args.resume not in (None, "auto"):
         folder = Path(args.resume)
-        return resume(args, folder.parent if folder.name == "last.pt" else folder, device)
+        return resume(args, folder.parent if folder.name == "last.pt" else folder)
     if not args.model:
         raise Problem("say which network to train: petseg.py train unet, or train resnet34_unet")
     if args.compile and args.recompute:
@@ -897,7 +1013,7 @@ def start_or_resume(args, device):
     run.data = name if run.data == "auto" else run.data
     if args.resume:
         if folder := find_unfinished(run, args.out):
-            return resume(args, folder, device)
+            return resume(args, folder)
         say(f"--resume auto: no unfinished run of these options is in {args.out}; a new one starts")
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     return Path(args.out) / f"{name}-{run.model}-{stamp}-{os.urandom(2).hex()}", run, None
@@ -943,15 +1059,21 @@ MOST_SKIPPED = 10  # steps of an epoch, before the run is given up
 
 
 def train_step(run, network, optimizers, split, group, epoch, step, classes=2, weights=None):
-    """One step of the optimizers on the pictures `group`, a batch at a time; returns SUMS of it and
-    the confusion of each picture. Every random draw depends on (seed, epoch, step) alone. A step
-    whose gradients are not finite is left out."""
+    """One step of the optimizers on the pictures `group`, a batch at a time, of which each process
+    takes its share; returns SUMS of it and the confusion of each picture, of all processes. Every
+    random draw depends on (seed, epoch, step, rank) alone. A step whose gradients are not finite is
+    left out."""
     device, size = next(network.parameters()).device, size_of_epoch(run, epoch)
-    total, counts = torch.zeros((), device=device), []
-    torch.manual_seed(data.generator("dropout", run.seed, epoch, step).initial_seed())
-    for part, index in enumerate(group.split(run.batch)):
-        random = data.generator("augment", run.seed, epoch, step, part)
-        images, labels = data.load(split, index, device)
+    lost = torch.zeros((), device=device)
+    counts = torch.zeros(len(group), classes, classes, dtype=torch.long, device=device)
+    torch.manual_seed(data.generator("dropout", run.seed, epoch, step, rank()).initial_seed())
+    for part, start in enumerate(range(0, len(group), run.batch)):
+        mine = slice(start + rank(), start + run.batch, world())  # a share of each batch
+        random = data.generator("augment", run.seed, epoch, step, part, rank())
+        images, labels = data.load(split, group[mine], device)
+        if not len(images):  # of the last pictures none was left for this process: it adds zeros
+            network(images).sum().backward()
+            continue
         if run.augment or size != run.size:
             images, labels = data.augment(images, labels, random, size, run.augment_prob,
                                           **run.augment)
@@ -959,19 +1081,20 @@ def train_step(run, network, optimizers, split, group, epoch, step, classes=2, w
         with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16"):
             logits = network(data.normalise(images))
         loss = layers.LOSSES[run.loss](logits, target, weights)
-        (loss * len(index) / len(group)).backward()
-        total += loss.detach() * len(index)
-        counts.append(confusion(decide(layers.probabilities(logits.detach())), target, classes))
+        # the gradients become the mean over all processes
+        (loss * (len(images) * world()) / len(group)).backward()
+        lost += loss.detach() * len(images)
+        counts[mine] = confusion(decide(layers.probabilities(logits.detach())), target, classes)
+    level(network)
     norm = torch.nn.utils.clip_grad_norm_(network.parameters(), run.clip or math.inf)
     usable = norm.isfinite().item()
     for optimizer in optimizers:
         if usable:
             optimizer.step()
         optimizer.zero_grad()
-    counts = torch.cat(counts)
     if not usable:
-        return total.new_tensor((0, 0, 1)), torch.zeros_like(counts)
-    return torch.stack((total, *total.new_tensor((len(group), 0)))), counts
+        return lost.new_tensor((0, 0, 1)), torch.zeros_like(counts)
+    return torch.stack((total(lost), *lost.new_tensor((len(group), 0)))), total(counts)
 
 
 def class_shares(source, split, about):
@@ -1014,20 +1137,23 @@ def score_and_draw(segmenter, split, gallery):
     """The confusion of each image of a split, and a picture of the twelve worst."""
     _, counts = score_split(segmenter, split)
     worst = score_images(counts).argsort(stable=True)[:12]
-    draw_samples(gallery, segmenter, split, worst.numpy())
+    if rank() == 0:
+        draw_samples(gallery, segmenter, split, worst.numpy())
     return counts
 
 
 def finish(args, folder, run, history, source):
     """Scores the test split (valid, where there is none) with best.pt as a user will load it."""
-    segmenter = load_segmenter(folder / "best.pt", args.device, run.precision)
-    about, name = segmenter.about, [*source.splits][-1]
-    split = open_split(source, name, run.size, run.root)
+    with in_turn():
+        segmenter = load_segmenter(folder / "best.pt", args.device, run.precision)
+        about, name = segmenter.about, [*source.splits][-1]
+        split = open_split(source, name, run.size, run.root)
     found = scores(score_and_draw(segmenter, split, folder / "worst.png"), about["classes"])
     trained, score = about["trained"], f"valid_{measure(about['classes'])}"
     result = {"run": str(folder), "split": name, "epoch": trained["epoch"], score: trained[score],
               "seconds": sum(row["seconds"] for row in history), **found}
-    data.write_json(folder / f"{name}.json", result)
+    if rank() == 0:
+        data.write_json(folder / f"{name}.json", result)
     answer(args, f"{folder}: best epoch {result['epoch']}, {score.replace('_', ' ')} "
            f"{trained[score]:.4f}\n{score_table(name, found)}", result)
 
@@ -1037,11 +1163,14 @@ def train(args):
     torch.backends.cudnn.deterministic = True  # the same seed gives the same weights
     device = pick_device(args.device)
     settle_memory(device)
-    folder, run, state = start_or_resume(args, device)
-    source = look(find_data(run.data, run.root, args.url)[1], run.root, vars(run))
-    run.drawn = source.drawn
-    train_set = open_split(source, "train", run.size, run.root)
-    valid_set = open_split(source, "valid", run.size, run.root)
+    if agreed(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)))[0] and not args.resume:
+        args.resume = "auto"  # torchrun has lost a process, and started all of them again
+    folder, run, state = of_first(start_or_resume(args, device) if rank() == 0 else None)
+    with in_turn():
+        source = look(find_data(run.data, run.root, args.url)[1], run.root, vars(run))
+        run.drawn = source.drawn
+        train_set = open_split(source, "train", run.size, run.root)
+        valid_set = open_split(source, "valid", run.size, run.root)
 
     about = {"petseg": "network", "model": run.model, "width": run.width, "up": run.up,
              "dropout": run.dropout, "size": run.size, "border": run.border,
@@ -1056,7 +1185,8 @@ def train(args):
         fill(network, read_checkpoint(run.init, "network", device)["weights"], run.init)
     network.recompute = run.recompute
     average = copy.deepcopy(network) if run.ema else network
-    compiled = torch.compile(network) if run.compile else network
+    together = shared(network, device)
+    compiled = torch.compile(together) if run.compile else together
     optimizers = make_optimizers(run, network)
 
     images, per_step = len(train_set.names) * run.repeat, run.batch * run.accumulate
@@ -1075,25 +1205,26 @@ def train(args):
         epoch, step, history, seconds = (state[k] for k in ("epoch", "step", "history", "seconds"))
         sums += torch.tensor([state["sums"][name] for name in SUMS], device=device)
         counts[:len(state["counts"])] = state["counts"]
-    else:
+    elif rank() == 0:
         folder.mkdir(parents=True)
         lock(folder)
-    config = {**describe(run, device), "labels": about["classes"]}
+    config = {**describe(run, device), "labels": about["classes"], "processes": world()}
 
     def save_state():
         if not all(weight.isfinite().all() for weight in network.parameters()):
             give_up("the weights are no longer finite")
-        data.write_json(folder / "config.json", config)
-        last, new = folder / "last.pt", folder / "next.pt"
-        write_checkpoint({
-            "petseg": "training", "settings": vars(run), "pictures": train_set.names,
-            "network": network.state_dict(), "average": average.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers], "epoch": epoch,
-            "step": step, "history": history, "sums": dict(zip(SUMS, sums.tolist())),
-            "counts": counts[:step * per_step].clone(), "seconds": seconds}, new)
-        if last.exists():
-            os.replace(last, folder / "previous.pt")
-        os.replace(new, last)
+        if rank() == 0:
+            data.write_json(folder / "config.json", config)
+            last, new = folder / "last.pt", folder / "next.pt"
+            write_checkpoint({
+                "petseg": "training", "settings": vars(run), "pictures": train_set.names,
+                "network": network.state_dict(), "average": average.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers], "epoch": epoch,
+                "step": step, "history": history, "sums": dict(zip(SUMS, sums.tolist())),
+                "counts": counts[:step * per_step].clone(), "seconds": seconds}, new)
+            if last.exists():
+                os.replace(last, folder / "previous.pt")
+            os.replace(new, last)
         return time.monotonic()
 
     def give_up(why):
@@ -1102,6 +1233,8 @@ def train(args):
 
     saved = save_state()  # a run can be resumed from its start on, and a full disk shows at once
     say(f"{'resuming' if state else 'training'} {folder} on {device}\n"
+        + f"{world()} processes: together batch {run.batch} × {run.accumulate}, rate {run.lr}\n"
+        * (world() > 1)
         + ", ".join(f"{name} {value}" for name, value in vars(run).items() if name != "drawn"))
     line = Line()
 
@@ -1120,12 +1253,13 @@ def train(args):
         for step in range(step, per_epoch):
             seconds = time.monotonic() - began
             overdue = time.monotonic() - saved > 60 * (run.checkpoint_minutes or math.inf)
-            if stop or overdue:
+            asked, overdue = agreed(max(stop, default=0), overdue)
+            if asked or overdue:
                 saved = save_state()
-            if stop:
+            if asked:
                 say(f"petseg: stopped in epoch {epoch} and saved; to go on: "
                     f"petseg.py train --resume {folder}")
-                raise SystemExit(128 + stop[0])
+                raise SystemExit(128 + asked)
             done = share_done(run, epoch, (step + 0.5) / per_epoch)  # half of this step is done
             rate = SCHEDULES[run.schedule](run, done, [row[f"valid_{score}"] for row in history])
             for optimizer in optimizers:
@@ -1169,15 +1303,16 @@ def train(args):
             f"{clock(time.monotonic() - began)}, {speed:.0f} images/s"
             + (f", {skipped:.0f} steps left out: gradients not finite" if skipped else ""))
         made = {**history[-1], **config, "seconds": sum(row["seconds"] for row in history)}
-        # last.pt comes last: killed before it, the epoch is done again and writes the same
-        if best or not (folder / "best.pt").exists():
-            save_network(folder / "best.pt", average, about, made)
-        if run.save_every and epoch % run.save_every == 0:
-            save_network(folder / f"epoch-{epoch}.pt", average, about, made)
-        data.write_table(folder / "metrics.csv", history)
-        data.draw_curves(folder / "curves.png", {folder.name: history}, score)
-        shown = np.unique(np.linspace(0, len(valid_set.names) - 1, 8).astype(int))
-        draw_samples(folder / "samples.png", segmenter, valid_set, shown)
+        if rank() == 0:
+            # last.pt comes last: killed before it, the epoch is done again and writes the same
+            if best or not (folder / "best.pt").exists():
+                save_network(folder / "best.pt", average, about, made)
+            if run.save_every and epoch % run.save_every == 0:
+                save_network(folder / f"epoch-{epoch}.pt", average, about, made)
+            data.write_table(folder / "metrics.csv", history)
+            data.draw_curves(folder / "curves.png", {folder.name: history}, score)
+            shown = np.unique(np.linspace(0, len(valid_set.names) - 1, 8).astype(int))
+            draw_samples(folder / "samples.png", segmenter, valid_set, shown)
         epoch, step, seconds = epoch + 1, 0, 0.0
         sums.zero_()
         counts.zero_()
@@ -1206,9 +1341,11 @@ def choose_data(args, segmenter):
 def evaluate(args):
     """Scores a split with a trained network: as a whole, by class or by breed, and the worst
     images."""
-    segmenter = load_segmenter(args.ckpt, args.device, args.precision, args.threshold, args.tta)
-    source, root = choose_data(args, segmenter)
-    split, classes = open_split(source, args.split, segmenter.about["size"], root), source.classes
+    with in_turn():
+        segmenter = load_segmenter(args.ckpt, args.device, args.precision, args.threshold, args.tta)
+        source, root = choose_data(args, segmenter)
+        split = open_split(source, args.split, segmenter.about["size"], root)
+    classes = source.classes
     worst = Path(args.out) / f"worst-{args.split}.png"
     counts = score_and_draw(segmenter, split, worst)
     whole = scores(counts, segmenter.about["classes"])
@@ -1224,7 +1361,8 @@ def evaluate(args):
         rows = [{"breed": breed, **breeds[breed]} for breed in
                 sorted(breeds, key=lambda breed: breeds[breed]["dice"])]
         text = table([*rows, {"breed": f"all of {args.split}", **whole}])
-    data.write_json(Path(args.out) / f"{args.split}.json", result)
+    if rank() == 0:
+        data.write_json(Path(args.out) / f"{args.split}.json", result)
     answer(args, f"{text}\nthe worst images: {worst}", result)
 
 
@@ -1297,7 +1435,7 @@ def infer_all(segmenter, kinds, out, jobs, rows):
     # each core takes a picture from file to file: 342 photos of 500×375 in 9 s on two cores, start
     # included; one after the other, with both cores on each network pass, 57 took 8 s
     torch.set_num_threads(1)
-    failed = []
+    mine, found, failed = jobs[rank()::world()], {}, {}
 
     def segment(job):
         with data.opened(job[0].image) as image:
@@ -1305,45 +1443,54 @@ def infer_all(segmenter, kinds, out, jobs, rows):
         with turn:
             return infer_one(segmenter, kinds, out, *job)
 
+    def write():
+        if rank() == 0:
+            data.write_table(out / "predictions.csv", [*rows.values(), *found.values()])
+
     try:
-        for (_, name), found in zip(jobs, data.ahead(segment, jobs, progress("infer"))):
-            if isinstance(found, Problem):
-                failed.append(str(found))
+        for (_, name), row in zip(mine, data.ahead(segment, mine, progress("infer"))):
+            if isinstance(row, Problem):
+                failed[name] = str(row)
                 continue
-            rows[name] = found
-            if len(rows) % 200 == 0:  # that a kill costs the table no more
-                data.write_table(out / "predictions.csv", list(rows.values()))
+            found[name] = row
+            if len(found) % 200 == 0:  # that a kill costs the table no more
+                write()
+        for rows_of_one, faults_of_one in of_each((found, failed)):
+            found, failed = found | rows_of_one, failed | faults_of_one
+        found = {name: found[name] for _, name in jobs if name in found}
     except KeyboardInterrupt:
         say("petseg: stopped; all that was written is complete; to go on, give the same command "
             "with --skip-existing")
         raise SystemExit(130)
     finally:
-        data.write_table(out / "predictions.csv", list(rows.values()))
-    return failed
+        write()
+    rows |= found
+    return [failed[name] for _, name in jobs if name in failed]
 
 
 def infer(args):
     """Finds the pets in pictures of any size and writes what --save names, and a table of all."""
-    segmenter = load_segmenter(args.ckpt, args.device, args.precision, args.threshold, args.tta)
-    out = Path(args.out)
-    classes = segmenter.about["classes"]
-    if args.pictures:
-        known = "pet" in classes  # only a trimap says by itself what its numbers are
-        samples = [data.Sample(path.stem, path, data.find_truth(path) if known else None,
-                               data.PET_CODES) for path in data.find_pictures(args.pictures)]
-    else:
-        samples = data.samples(choose_data(args, segmenter)[0], "test")
-    kinds = (args.save or ("mask,overlay,cutout" if args.pictures else "panel")).split(",")
-    if unknown := set(kinds) - set(data.RESULTS):
-        raise Problem(f"--save knows {', '.join(data.RESULTS)}, not {', '.join(unknown)}")
+    with in_turn():  # before any of them writes, all know what there is to do
+        segmenter = load_segmenter(args.ckpt, args.device, args.precision, args.threshold, args.tta)
+        out = Path(args.out)
+        classes = segmenter.about["classes"]
+        if args.pictures:
+            known = "pet" in classes  # only a trimap says by itself what its numbers are
+            samples = [data.Sample(path.stem, path, data.find_truth(path) if known else None,
+                                   data.PET_CODES) for path in data.find_pictures(args.pictures)]
+        else:
+            samples = data.samples(choose_data(args, segmenter)[0], "test")
+        kinds = (args.save or ("mask,overlay,cutout" if args.pictures else "panel")).split(",")
+        if unknown := set(kinds) - set(data.RESULTS):
+            raise Problem(f"--save knows {', '.join(data.RESULTS)}, not {', '.join(unknown)}")
 
-    rows = kept_rows(out / "predictions.csv", columns(classes)) if args.skip_existing else {}
-    jobs = list(zip(samples, data.unique_names([sample.image for sample in samples])))
-    left = [(sample, name) for sample, name in jobs
-            if rows.get(name, {}).get("file") != data.printable(str(sample.image))
-            or not all((out / f"{name}_{kind}.png").is_file() for kind in kinds)]
-    for _, name in left:
-        rows.pop(name, None)
+        rows = kept_rows(out / "predictions.csv", columns(classes)) if args.skip_existing else {}
+        jobs = list(zip(samples, data.unique_names([sample.image for sample in samples])))
+        left = [(sample, name) for sample, name in jobs
+                if rows.get(name, {}).get("file") != data.printable(str(sample.image))
+                or not all((out / f"{name}_{kind}.png").is_file() for kind in kinds)]
+        for _, name in left:
+            rows.pop(name, None)
     failed = infer_all(segmenter, kinds, out, left, rows)
 
     number, skipped = len(jobs) - len(failed), len(jobs) - len(left)
@@ -1355,7 +1502,7 @@ def infer(args):
         text += (f"\n{len(known)} of known truth: mean Dice {result['dice']:.4f} at the network's "
                  f"size, {result['own_size_dice']:.4f} at their own")
     answer(args, text, result)
-    if failed:
+    if failed and rank() == 0:
         raise Problem(f"{len(failed)} of {len(jobs)} pictures could not be used: "
                       + "; ".join(failed[:5]))
 
@@ -1536,9 +1683,10 @@ def this_way(run, split, device):
     network = build({**vars(run), "classes": ["background", "pet"]}).to(device)
     network.recompute = run.recompute
     average, optimizers = copy.deepcopy(network), make_optimizers(run, network)
+    together = shared(network, device)
 
     def step(index):
-        train_step(run, network, optimizers, split, torch.tensor(index), run.epochs, index[0])
+        train_step(run, together, optimizers, split, torch.tensor(index), run.epochs, index[0])
         follow(average, network, run.ema, index[0])
 
     return step, network, optimizers
@@ -1639,9 +1787,10 @@ def one_measurement(args, run, device):
         return {"train": pace(step, run, device, len(samples)),
                 "infer": pace(guess, run, device, len(samples)), "memory": peak_memory(device)}
     settle_memory(device)
-    if args.only == "step":
+    if args.only in ("step", "scaling"):
         step, *_ = this_way(run, noise_split(run.batch, run.size), device)
-        return {"train": pace(step, run, device, run.batch, steps=2, warm=1),
+        steps, warm = (2, 1) if args.only == "step" else (12, 3)
+        return {"train": pace(step, run, device, run.batch, steps, warm),
                 "memory": peak_memory(device)}
     source = look(find_data(run.data, run.root, args.url)[1], run.root, vars(run))
     split = data.onto(open_split(source, "train", run.size, run.root), device)
@@ -1658,12 +1807,19 @@ def one_measurement(args, run, device):
             **where_time_goes(run, step, network, optimizers, device, number)}
 
 
-def in_fresh_process(way, *words):
-    """A measurement in a process of its own, whose peak memory is then that of the measurement."""
-    words = [sys.executable, __file__, *sys.argv[1:], "--json", "--only", way, *words]
-    child = subprocess.run(words, capture_output=True, text=True)
+def in_fresh_process(way, *words, processes=0):
+    """A measurement in a process of its own, whose peak memory is then that of the measurement, or
+    by torchrun in several of one thread each."""
+    words, threads = [__file__, *sys.argv[1:], "--json", "--only", way, *words], {}
+    if processes:
+        words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
+                 *words]
+        threads = {"OMP_NUM_THREADS": "1"}
+    child = subprocess.run([sys.executable, *words], capture_output=True, text=True,
+                           env=os.environ | threads)
     if child.returncode:
         said = child.stderr.strip().splitlines() or ["it was killed, most likely for its memory"]
+        said = [line for line in said if line.startswith("petseg: ")] or said
         raise Problem(said[-1].removeprefix("petseg: "))
     return json.loads(child.stdout.splitlines()[-1])
 
@@ -1808,8 +1964,26 @@ def bench_growth(args, run, device):
     return table(rows), {"growth": rows}
 
 
+def bench_scaling(args, run, device):
+    """Training by one process, and by one for each GPU, or by two on the CPU: of one thread each,
+    by turns, the batch together the same."""
+    many = torch.cuda.device_count() if device.type == "cuda" else 2
+    speeds, line = {1: [], many: []}, Line()
+    for turn in range(args.rounds):
+        for number in speeds:
+            line.show(f"round {turn + 1} of {args.rounds}: {number} processes")
+            speeds[number].append(in_fresh_process("scaling", processes=number)["train"])
+    rows = [{"processes": number, "train, images/s": float(np.median(found))}
+            for number, found in speeds.items()]
+    for row in rows:
+        row["ratio"] = row["train, images/s"] / rows[0]["train, images/s"]
+    size = 4 * sum(row["parameters"] for row in trace(args.model, run.width, run.size, run.up))
+    return (f"{table(rows)}\ngradients: {size / 1e6:.1f} MB a step",
+            {"scaling": rows, "bytes_a_step": size, "rounds": speeds})
+
+
 def bench(args):
-    """Times the plain way against this one, or does what else --layers … --growth ask for."""
+    """Times the plain way against this one, or does what else --layers … --scaling ask for."""
     device = pick_device(args.device)
     run = settings(args, device, toy=False)
     if args.only:
@@ -1819,7 +1993,7 @@ def bench(args):
              "threads": torch.get_num_threads()}
     say(", ".join(f"{name} {value}" for name, value in about.items()))
     kinds = {"layers": bench_layers, "memory": bench_memory, "grid": bench_grid,
-             "growth": bench_growth}
+             "growth": bench_growth, "scaling": bench_scaling}
     kind = next((kinds[name] for name in kinds if getattr(args, name)), bench_ways)
     text, result = kind(args, run, device)
     answer(args, text, {**about, **result})
@@ -1837,6 +2011,7 @@ def main():
     try:
         if "max_pixels" in ARGS:
             data.allow(ARGS.max_pixels)
+        join()
         COMMANDS[ARGS.command](ARGS)
     except Problem as problem:
         message = str(problem)
@@ -1852,12 +2027,20 @@ def main():
     except (MemoryError, RuntimeError) as error:
         # torch says it by a RuntimeError, on a GPU and on the CPU in these words
         words = ("out of memory", "can't allocate memory", "not enough memory")
-        if isinstance(error, RuntimeError) and not any(word in str(error) for word in words):
+        if isinstance(error, MemoryError) or any(word in str(error) for word in words):
+            message = "not enough memory; lower --batch, --size or --width"
+        elif isinstance(error.__cause__, SystemExit):  # SIGTERM, in the midst of an import
+            raise error.__cause__
+        elif isinstance(error, dist.DistError) or "gloo" in str(error):
+            message = "another process has ended, and so this one does"
+        else:
             raise
-        message = "not enough memory; lower --batch, --size or --width"
     else:
+        if dist.is_initialized():
+            dist.destroy_process_group()
         return
-    say(f"petseg: {data.printable(message)}")
+    which = f"process {rank()} of {world()}: " if rank() else ""
+    say(f"petseg: {which}{data.printable(message)}", who=rank())
     raise SystemExit(2)
 
 

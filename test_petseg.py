@@ -38,6 +38,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
@@ -1835,6 +1836,157 @@ def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(batch, root, tmp_path
     assert re.search("nan|inf", said) and "--lr" in said
     tensors, rows = learned(folder)
     assert len(rows) == 1 and all(tensor.isfinite().all() for _, tensor in tensors)
+
+
+def be_one_of_two(number, place, work):
+    """What a copy does as one of two that work together: it saves what it found."""
+    store = dist.FileStore(str(place / "store"), 2)
+    dist.init_process_group("gloo", store=store, rank=number, world_size=2)
+    torch.save(work(), place / f"{number}.pt")
+
+
+def found_by_two(work, place):
+    """What a function of this file returns in each of two processes."""
+    children = [FORKS.Process(target=be_one_of_two, args=(i, place, work)) for i in range(2)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    return [torch.load(place / f"{number}.pt") for number in range(2)]
+
+
+def step_without_batch_norm():
+    """The gradients of a step, what it returns, and the batch norms' statistics."""
+    torch.manual_seed(0)
+    network, device = layers.UNet(width=2), torch.device("cpu")
+    for module in network.modules():
+        if hasattr(module, "bn"):
+            module.bn = nn.Identity()
+    gradients = {}
+
+    class Watch:
+        def step(self):
+            gradients.update({name: p.grad for name, p in network.named_parameters()})
+
+        def zero_grad(self):
+            pass
+
+    run = Namespace(batch=3, size=(32, 32), epochs=1, grow=0, seed=0, augment={}, clip=0.0,
+                    border="foreground", precision="fp32", loss="bce_dice")
+    found = petseg.train_step(run, petseg.shared(network, device), [Watch()],
+                              petseg.noise_split(9, (32, 32)), torch.tensor([8, 1, 7, 2, 6, 3, 5]),
+                              1, 0)
+    return gradients, *found
+
+
+def test_two_processes_find_the_gradients_of_one(tmp_path):
+    one = step_without_batch_norm()  # in batches of 3, 3 and 1: the last has none for the second
+    for gradients, sums, counts in found_by_two(step_without_batch_norm, tmp_path):
+        torch.testing.assert_close(gradients, one[0], rtol=0, atol=1e-5)
+        torch.testing.assert_close(sums, one[1])
+        assert sums[1] == 7 and torch.equal(counts, one[2])
+
+
+def ten_steps():
+    """A network after ten steps as `train` takes them."""
+    args = petseg.command_line().parse_args(
+        "bench unet --size 32 --width 2 --batch 3 --device cpu".split())
+    run = petseg.settings(args, torch.device("cpu"), toy=False)
+    run.dropout, run.border = 0.5, "random"
+    torch.manual_seed(0)
+    step, network, _ = petseg.this_way(run, petseg.noise_split(9, run.size), torch.device("cpu"))
+    for number in range(10):
+        step(list(range(number % 3, 9 - number % 2, 2)))
+    return network.state_dict()
+
+
+def test_all_processes_have_the_same_network_after_ten_steps(tmp_path):
+    first, second = found_by_two(ten_steps, tmp_path)
+    for name, weight in first.items():
+        assert torch.equal(weight, second[name]) and weight.isfinite().all()
+    assert not torch.equal(first["head.weight"], ten_steps()["head.weight"])  # other draws
+
+
+def be_worker(number, port, words, *streams):
+    """What a copy does as one of two that torchrun would have started."""
+    os.environ |= {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": "0",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
+                   "RANK": str(number), "LOCAL_RANK": str(number)}
+    be_program(words, *streams)
+
+
+def run_by_two(*words, between=lambda children, said: None, codes=(0, 0)):
+    """One command in two processes; returns what the first of them said. The second says nothing.
+    In the meantime `between` is called with the processes and the file of what is said."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    with tempfile.TemporaryDirectory() as place:
+        files = [[Path(place, f"{stream}{i}") for stream in ("out", "err")] for i in range(2)]
+        children = [FORKS.Process(target=be_worker, args=(i, port, [str(w) for w in words], *pair))
+                    for i, pair in enumerate(files)]
+        for child, pair in zip(children, files):
+            for path in pair:
+                path.touch()
+            child.start()
+        between(children, files[0][1])
+        for child in children:
+            child.join()
+        (out, err), others = ([path.read_text() for path in pair] for pair in files)
+    assert tuple(child.exitcode for child in children) == codes, (err, others)
+    assert others == ["", ""]
+    return Namespace(stdout=out, stderr=err)
+
+
+def test_two_processes_score_and_predict_as_one(trained, pets, tmp_path):
+    network = ("--ckpt", trained["unet"] / "best.pt", "--out")
+    (pets / "images" / "Broken.jpg").write_bytes(b"no picture")
+    run("eval", *network, tmp_path / "one")
+    run_by_two("eval", *network, tmp_path / "two")
+    run("infer", pets / "images", *network, tmp_path / "one", code=2)
+    said = run_by_two("infer", pets / "images", *network, tmp_path / "two", codes=(2, 0))
+    assert "50 pictures" in said.stdout and "Broken.jpg" in said.stderr.splitlines()[-1]
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+
+
+SHARED = ["train", "unet", *TINY, "--epochs", 4, "--batch", 5, "--border", "random",
+          "--checkpoint-minutes", 0.001]  # of 36 pictures the last is alone in its batch
+
+
+@pytest.fixture(scope="session")
+def by_two(root):
+    """The folder of a run of two processes, to be read only."""
+    said = run_by_two(*SHARED, "--root", root, "--out", root / "two", "--json")
+    assert "2 processes: together batch 5 × 1, rate 0.02" in said.stderr
+    return Path(json.loads(said.stdout.splitlines()[-1])["run"])
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step(by_two, root, tmp_path):
+    def stop(children, said):
+        while "epoch 1/4  train loss" not in said.read_text():
+            time.sleep(0.01)
+        os.kill(children[1].pid, signal.SIGTERM)
+
+    words = [*SHARED, "--root", root, "--out", tmp_path]
+    assert "--resume" in run_by_two(*words, between=stop, codes=(143, 143)).stderr.splitlines()[-1]
+    [folder] = tmp_path.iterdir()
+    assert len(read_rows(folder / "metrics.csv")) < 4
+    run_by_two(*words, "--resume", "auto")
+    assert_same_run(folder, by_two)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds torchrun's workers in /proc")
+def test_torchrun_brings_back_a_run_whose_worker_was_killed(by_two, root, tmp_path):
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2,
+             "--max-restarts", 3, PROGRAM, *SHARED, "--root", root, "--out", tmp_path]
+    with subprocess.Popen([sys.executable, *map(str, words)], stderr=subprocess.PIPE,
+                          stdout=subprocess.DEVNULL, text=True) as process:
+        assert said_until(process, "epoch 2/4  train loss")
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(workers[1]), signal.SIGKILL)
+        said = process.stderr.read()
+    assert process.returncode == 0 and "resuming" in said and "Traceback" not in said
+    [folder] = tmp_path.iterdir()
+    assert_same_run(folder, by_two)
 
 
 def test_infer_takes_any_pictures(trained, toys, tmp_path):
