@@ -1061,11 +1061,11 @@ def targets(labels, border="foreground", random=None, classes=2):
 # ----------------------------------------------------------------------------- pictures: results
 
 # the colours of classes 1, 2, …: those of Okabe and Ito, which colour-blind eyes tell apart, then
-# the same darker and lighter; 0, the background, is black, and left as it is in overlays
+# the same lighter and darker; 0, the background, is black, and left as it is in overlays
 HUES = np.array([(230, 97, 1), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178),
                  (204, 121, 167), (230, 159, 0), (150, 150, 150)])
 COLOURS_OF_CLASSES = [(0, 0, 0), *map(tuple, np.concatenate(
-    [HUES, HUES * 0.55, 255 - (255 - HUES) * 0.45] * 5)[:100].astype(int).tolist())]
+    [HUES, 255 - (255 - HUES) * 0.45, HUES * 0.55] * 5)[:100].astype(int).tolist())]
 
 
 def png(image):
@@ -1143,13 +1143,14 @@ def panel(photo, truth, mask, caption, classes, side=256):
     """photo | truth (where known) | prediction in a row, each `side` high and no more than four
     times as wide, with names above and, of more than two classes, a legend below."""
     width = min(max(1, round(side * photo.width / photo.height)), 4 * side)
-    tiles = [(caption, photo), ("truth", truth), ("prediction", mask)]
-    tiles = [(name, tile) for name, tile in tiles if tile is not None]
-    row, font = Image.new("RGB", (len(tiles) * (width + 4) - 4, side + 24), "white"), 13
+    photo = photo.resize((width, side), Image.Resampling.BICUBIC)
+    tiles = [(caption, photo)] + [
+        (name, overlay(photo, resized(each, (side, width), "NEAREST")))
+        for name, each in (("truth", truth), ("prediction", mask)) if each is not None]
+    row = Image.new("RGB", (len(tiles) * (width + 4) - 4, side + 24), "white")
     for i, (name, tile) in enumerate(tiles):
-        tile = overlay(photo, tile) if i else tile
-        row.paste(tile.resize((width, side), Image.Resampling.BICUBIC), (i * (width + 4), 24))
-        ImageDraw.Draw(row).text((i * (width + 4), 4), name, "black", ImageFont.load_default(font))
+        row.paste(tile, (i * (width + 4), 24))
+        ImageDraw.Draw(row).text((i * (width + 4), 4), name, "black", ImageFont.load_default(13))
     return row if len(classes) == 2 else with_legend(row, classes)
 
 
