@@ -1196,8 +1196,8 @@ def train(args):
     counts = torch.zeros(images, classes, classes, dtype=torch.long, device=device)
     if state:
         if state["pictures"] != train_set.names:
-            raise Problem(f"{source} no longer holds the training pictures that {folder} was begun "
-                          "with; bring them back, or start a new run without --resume")
+            raise Problem(f"{source.folder} no longer holds the training pictures that {folder} was "
+                          "begun with; bring them back, or start a new run without --resume")
         fill(network, state["network"], folder)
         fill(average, state["average"], folder)
         for optimizer, memory in zip(optimizers, state["optimizers"]):

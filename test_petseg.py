@@ -1590,8 +1590,8 @@ def test_resume_with_more_epochs_equals_one_long_run(trained, root, tmp_path):
     assert re.search("lr .*0.1", refused("train", "--resume", folder, "--lr", 0.1))
     shutil.copytree(root, tmp_path / "less")
     look(tmp_path / "less" / data.TOYS).splits["train"][0].image.unlink()
-    assert "pictures" in refused("train", "--resume", folder, "--epochs", 3, "--root",
-                                 tmp_path / "less")
+    said = refused("train", "--resume", folder, "--epochs", 3, "--root", tmp_path / "less")
+    assert f"{tmp_path / 'less' / data.TOYS} no longer holds the training pictures" in said
 
 
 def test_a_run_begins_with_the_weights_it_is_given(trained, root, tmp_path):
