@@ -1553,6 +1553,23 @@ def test_own_data_from_training_to_masks(kind, options, tmp_path):
         assert shares == pytest.approx([(found == i).mean() for i in range(len(shares))])
 
 
+def test_shares_of_classes_and_the_weights_by_them(tmp_path, capsys):
+    labels = np.array([[[0] * 6 + [1] * 3 + [129] + [255] * 2]], np.uint8)
+    split = data.Split(["a"], None, labels, [])
+    source = data.Source(tmp_path, "a heap", ["sky", "car", "moon"], {"train": ["a"]}, {}, [])
+    about = {"classes": source.classes, "border": "foreground"}
+    shares = petseg.class_shares(source, split, about)
+    assert shares.tolist() == pytest.approx([0.6, 0.4, 0])
+    said = capsys.readouterr().err
+    assert "a heap; 1 train; sky 60.0%, car 40.0%, moon 0.0%; void 16.7% of the pixels" in said
+    assert "the class moon never occurs" in said
+    root = (0.6**-0.5, 0.4**-0.5)
+    for how, expected in (("none", (1, 1)), ("inverse", (0.8, 1.2)),
+                          ("sqrt", (2 * root[0] / sum(root), 2 * root[1] / sum(root)))):
+        weights = petseg.class_weights(Namespace(class_weights=how), shares)
+        assert weights[:2].tolist() == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("options, names", [
     ("--border class", ["background", "pet", "border"]),
     ("--classes species", ["background", "cat", "dog"]),
@@ -1612,7 +1629,7 @@ def test_a_run_begins_with_the_weights_it_is_given(trained, root, tmp_path):
 KILLS = int(os.environ.get("PETSEG_KILLS", 0))  # of the long soak; pytest -k kill runs it
 KILLED = [
     "unet --dropout 0.3 --border random --schedule plateau --accumulate 2 --repeat 2",
-    "resnet34_unet --precision bf16 --grow 0.8",
+    "resnet34_unet --precision bf16 --grow 0.8 --classes species --class-weights inverse",
     "unet --precision bf16 --optimizer adamw --dropout 0.2 --accumulate 3 --schedule exponential",
     "resnet34_unet --optimizer adam --ema 0 --border random --schedule inverse_sqrt",
     "unet --grow 0.8 --augment strong --ema 0.9 --loss dice",
