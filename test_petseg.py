@@ -76,15 +76,22 @@ def be_program(words, *streams):
     runpy.run_path(str(PROGRAM), run_name="__main__")
 
 
-def run(*words, code=0):
-    """One command as a user types it."""
+def attempt(*words):
+    """One command as a user types it, however it ends."""
     with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
         child = FORKS.Process(target=be_program,
                               args=([str(word) for word in words], out.name, err.name))
         child.start()
         child.join()
-        done = Namespace(stdout=out.read(), stderr=err.read())
-    assert child.exitcode == code and "Traceback" not in done.stderr, done.stderr
+        done = Namespace(stdout=out.read(), stderr=err.read(), returncode=child.exitcode)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def run(*words, code=0):
+    """One command that ends with this exit code."""
+    done = attempt(*words)
+    assert done.returncode == code, done.stderr
     return done
 
 
@@ -1807,9 +1814,8 @@ def test_a_run_folder_that_vanishes_is_made_again(root, tmp_path):
     "--lr 0", "--lr 1e9 --clip 0", "--width 1 --batch 1", "--size 33 --batch 7",
     "--batch 1000", "--size 32 --grow 1 --batch 1 --accumulate 50"])
 def test_extreme_numbers_train_or_stop_with_advice(options, root, tmp_path):
-    words = ["train", "resnet34_unet", "--root", root, *TINY, *options.split(), "--epochs", 2]
-    done = subprocess.run([sys.executable, PROGRAM, *map(str, words), "--out", tmp_path],
-                          capture_output=True, text=True)
+    done = attempt("train", "resnet34_unet", "--root", root, *TINY, *options.split(), "--epochs", 2,
+                   "--out", tmp_path)
     if done.returncode:
         assert done.returncode == 2 and "lower --lr" in done.stderr.splitlines()[-1]
         assert "1e9" in options
