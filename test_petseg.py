@@ -1526,7 +1526,7 @@ def test_train_and_eval(model, trained, root, tmp_path):
 
 
 @pytest.mark.parametrize("kind, options", [
-    ("bits", "unet"), ("splits", "unet --loss dice"),
+    ("splits", "unet --loss dice"),
     ("colours", "unet --size 32x48 --loss bce --class-weights inverse"),
     ("Cityscapes", "unet --schedule plateau")])
 def test_own_data_from_training_to_masks(kind, options, tmp_path):
@@ -1579,7 +1579,6 @@ def test_shares_of_classes_and_the_weights_by_them(tmp_path, capsys):
 
 @pytest.mark.parametrize("options, names", [
     ("--border class", ["background", "pet", "border"]),
-    ("--classes species", ["background", "cat", "dog"]),
     ("--classes species --border ignore", ["background", "cat", "dog"])])
 def test_the_pets_as_several_classes(options, names, trained, root, tmp_path):
     result = answer("train", "unet", "--root", root, "--out", tmp_path, *TINY, *options.split(),
@@ -1635,8 +1634,9 @@ def test_a_run_begins_with_the_weights_it_is_given(trained, root, tmp_path):
 
 KILLS = int(os.environ.get("PETSEG_KILLS", 0))  # of the long soak; pytest -k kill runs it
 KILLED = [
-    "unet --dropout 0.3 --border random --schedule plateau --accumulate 2 --repeat 2",
-    "resnet34_unet --precision bf16 --grow 0.8 --classes species --class-weights inverse",
+    "unet --dropout 0.3 --border random --schedule plateau --accumulate 2 --repeat 2 "
+    "--classes species --class-weights inverse",
+    "resnet34_unet --precision bf16 --grow 0.8",
     "unet --precision bf16 --optimizer adamw --dropout 0.2 --accumulate 3 --schedule exponential",
     "resnet34_unet --optimizer adam --ema 0 --border random --schedule inverse_sqrt",
     "unet --grow 0.8 --augment strong --ema 0.9 --loss dice",
@@ -1657,7 +1657,7 @@ def said_until(process, words):
     return any(words in line for line in process.stderr)
 
 
-@pytest.mark.parametrize("options", KILLED if KILLS else KILLED[:2])
+@pytest.mark.parametrize("options", KILLED if KILLS else KILLED[:1])
 def test_killed_at_random_moments_and_resumed_equals_undisturbed(options, root, tmp_path):
     words = ["train", *options.split(), "--root", root, *TINY, "--size", 48, "--epochs", 4,
              "--batch", 4, "--checkpoint-minutes", 0.001]
@@ -1668,7 +1668,7 @@ def test_killed_at_random_moments_and_resumed_equals_undisturbed(options, root, 
     while kills < (math.ceil(KILLS / len(KILLED)) or 3):
         with start(*words) as process:
             if random.random() < 0.8:  # else while it starts
-                assert said_until(process, "toy-")
+                assert said_until(process, f"toy-{words[1]}-")
             time.sleep(random.uniform(0, 1.5))
             process.kill()
         kills += process.returncode == -signal.SIGKILL
@@ -1681,7 +1681,7 @@ def test_killed_at_random_moments_and_resumed_equals_undisturbed(options, root, 
 
 @pytest.mark.parametrize("how, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_saves_says_how_to_go_on_and_equals_undisturbed(how, code, root, tmp_path):
-    words = ["train", "unet", "--root", root, *TINY, "--epochs", 3, "--batch", 1]
+    words = ["train", "unet", "--root", root, *TINY, "--epochs", 3, "--batch", 2]
     undisturbed = Path(answer(*words, "--out", tmp_path / "undisturbed")["run"])
     with start(*words, "--out", tmp_path / "stopped") as process:
         assert said_until(process, "epoch 1/3  train loss")
