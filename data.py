@@ -206,15 +206,27 @@ def read_image(path, size=None, mask_size=None):
         return image.resize(size[::-1], Image.Resampling.BILINEAR) if size else image
 
 
+def bands(size, pixels=1 << 20):
+    """The rows of a picture of `size` in slices of about a million pixels: what is worked out from
+    each pixel need not lie in memory for all of them."""
+    step = max(1, pixels // size[1])
+    return [slice(top, min(top + step, size[0])) for top in range(0, size[0], step)]
+
+
 def mask_numbers(path):
     """A mask as one whole number a pixel: the one that stands there, or its colour."""
     with opened(path) as image:
         if image.mode in ("RGB", "RGBA"):
-            return COLOUR + np.asarray(image.convert("RGB"), np.int32) @ (1 << 16, 1 << 8, 1)
+            numbers = np.empty(image.size[::-1], np.int32)
+            for rows in bands(numbers.shape):
+                band = image.crop((0, rows.start, image.width, rows.stop)).convert("RGB")
+                numbers[rows] = COLOUR + np.asarray(band, np.int32) @ (1 << 16, 1 << 8, 1)
+            return numbers
         if image.mode not in ("1", "L", "P", "LA", "PA", "I", "I;16"):
             raise Problem(f"the mask {path} is of the kind {image.mode}; expected a number or a "
                           "colour a pixel")
-        return np.asarray(image.getchannel(0)).astype(np.int32)
+        numbers = np.asarray(image.getchannel(0))
+        return numbers.view(np.uint8) if numbers.dtype == bool else numbers
 
 
 def shown(numbers):
@@ -226,14 +238,19 @@ def shown(numbers):
 def read_mask(path, codes):
     """A mask as labels of its own size; `codes` says which label each of its numbers stands for."""
     numbers, known = mask_numbers(path), np.array(sorted(codes))
-    places = np.searchsorted(known, numbers).clip(max=len(known) - 1)
-    if (known[places] != numbers).any():
+    meant = np.array([codes[number] for number in known.tolist()], dtype=np.uint8)
+    labels, right = np.empty(numbers.shape, np.uint8), True
+    for rows in bands(numbers.shape):
+        places = np.searchsorted(known, numbers[rows]).clip(max=len(known) - 1)
+        right = right and (known[places] == numbers[rows]).all()
+        labels[rows] = meant[places]
+    if not right:
         words = {0: "background", VOID: "void", **dict.fromkeys(range(EDGE, VOID), "border")}
         expected = [f"{number} = {words.get(label, f'class {label}')}"
                     for number, label in codes.items()]
         raise Problem(f"the mask {path} holds {shown(np.unique(numbers))}; expected "
                       f"{', '.join(expected[:9])}")
-    return np.array([codes[number] for number in known.tolist()], dtype=np.uint8)[places]
+    return labels
 
 
 def picture(array):
@@ -245,13 +262,6 @@ def resized(image, size, how="BILINEAR"):
     """A picture, or an array as one, at another size, as an array."""
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     return np.array(image.resize(size[::-1], Image.Resampling[how]))
-
-
-def bands(size, pixels=1 << 20):
-    """The rows of a picture of `size` in slices of about a million pixels: what is worked out from
-    each pixel need not lie in memory for all of them."""
-    step = max(1, pixels // size[1])
-    return [slice(top, min(top + step, size[0])) for top in range(0, size[0], step)]
 
 
 def enlarged(small, size):
@@ -480,7 +490,8 @@ def meaning(folder, numbers, listed, notes):
         raise Problem(f"the masks of {folder} hold {len(numbers):,} numbers or colours: so do "
                       "photos, and masks kept as JPEG; are images and masks swapped?")
     words, void = [line.split() for line in listed], {255: VOID}
-    if coloured and words and all(len(line) > 3 for line in words):
+    if coloured and words and all(len(line) > 3 and "".join(line[-3:]).isdecimal()
+                                  for line in words):
         keys = [COLOUR + int(np.array(line[-3:], int) @ (1 << 16, 1 << 8, 1)) for line in words]
         names = [" ".join(line[:-3]) for line in words]
     elif coloured:

@@ -470,8 +470,8 @@ def scores(counts, classes):
     rows = [{"class": name, "dice": dice[0, i].item(), "iou": iou[0, i].item(),
              "share": share[i].item()} for i, name in enumerate(classes) if there[i]]
     front = rows[there[0]:] or rows
-    means = {f"{part}{measure}": sum(row[measure] for row in of) / len(of)
-             for part, of in (("", rows), ("foreground_", front)) for measure in ("dice", "iou")}
+    means = {f"{part}{name}": sum(row[name] for row in of) / len(of)
+             for part, of in (("", rows), ("foreground_", front)) for name in ("dice", "iou")}
     return {**means, **rest, "classes": rows}
 
 
@@ -710,6 +710,8 @@ def build(about):
     """The network that a checkpoint describes, in channels-last memory. Two classes have one logit,
     more have one each."""
     number = len(about["classes"])
+    if not 2 <= number <= 101:  # the border may be one more
+        raise ValueError(f"it tells {number} classes apart")
     network = layers.MODELS[about["model"]](classes=number if number > 2 else 1,
                                             width=about["width"], up=about["up"],
                                             dropout=about["dropout"])
@@ -753,6 +755,11 @@ def predict(segmenter, images):
         mean = total / (1 + len(VIEWS))
         logits = mean.logit(eps=1e-6) if mean.shape[1] == 1 else mean.clamp(min=1e-6).log()
     return logits
+
+
+def class_names(source, border):
+    """The classes that a network tells apart."""
+    return source.classes + ["border"] if border == "class" else source.classes
 
 
 def true_classes(about, labels):
@@ -828,7 +835,7 @@ def save_network(path, network, about, made):
 # what makes up a checkpoint of each kind: names and, by an example, types
 CHECKPOINTS = {
     "network": {"model": "unet", "width": 16, "up": "transpose", "dropout": 0.0, "size": (128, 128),
-                "classes": [], "border": "foreground", "mean": data.MEAN, "std": data.STD,
+                "classes": [""], "border": "foreground", "mean": data.MEAN, "std": data.STD,
                 "weights": {}, "trained": {"data": "pets", "root": "data", "command": "",
                                            "classes": "pet", "cityscapes_classes": "19",
                                            "drawn": {}}},
@@ -843,11 +850,13 @@ HOSTILE = (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError,
 
 
 def alike(value, example):
-    """Whether a value has the type of the example, and all that the example has."""
+    """Whether a value has the type of the example, and all that the example has; of a list each."""
     if not isinstance(value, type(example)):
         return False
     if isinstance(example, dict):
         return all(name in value and alike(value[name], each) for name, each in example.items())
+    if isinstance(example, list):
+        return all(alike(each, kind) for kind in example for each in value)
     return not isinstance(example, tuple) or (
         len(value) == len(example) and all(map(alike, value, example)))
 
@@ -1174,7 +1183,7 @@ def train(args):
 
     about = {"petseg": "network", "model": run.model, "width": run.width, "up": run.up,
              "dropout": run.dropout, "size": run.size, "border": run.border,
-             "classes": source.classes + ["border"] * (run.border == "class"),
+             "classes": class_names(source, run.border),
              "mean": data.MEAN, "std": data.STD}
     classes, score = len(about["classes"]), measure(about["classes"])
     weights = class_weights(run, class_shares(source, train_set, about)).to(device)
@@ -1196,8 +1205,8 @@ def train(args):
     counts = torch.zeros(images, classes, classes, dtype=torch.long, device=device)
     if state:
         if state["pictures"] != train_set.names:
-            raise Problem(f"{source.folder} no longer holds the training pictures that {folder} was "
-                          "begun with; bring them back, or start a new run without --resume")
+            raise Problem(f"{source.folder} no longer holds the training pictures that {folder} "
+                          "was begun with; bring them back, or start anew without --resume")
         fill(network, state["network"], folder)
         fill(average, state["average"], folder)
         for optimizer, memory in zip(optimizers, state["optimizers"]):
@@ -1332,7 +1341,7 @@ def choose_data(args, segmenter):
     folder = find_data(args.data or trained["data"], root, args.url)[1]
     known = trained if args.data in (None, trained["data"]) else trained | {"drawn": {}}
     source, classes = look(folder, root, known), segmenter.about["classes"]
-    if source.classes + ["border"] * (segmenter.about["border"] == "class") != classes:
+    if class_names(source, segmenter.about["border"]) != classes:
         raise Problem(f"{folder} has the classes {', '.join(source.classes)}, the network "
                       f"{', '.join(classes)}; name other data with --data, or another --ckpt")
     return source, root
@@ -1345,10 +1354,10 @@ def evaluate(args):
         segmenter = load_segmenter(args.ckpt, args.device, args.precision, args.threshold, args.tta)
         source, root = choose_data(args, segmenter)
         split = open_split(source, args.split, segmenter.about["size"], root)
-    classes = source.classes
+    classes = segmenter.about["classes"]
     worst = Path(args.out) / f"worst-{args.split}.png"
     counts = score_and_draw(segmenter, split, worst)
-    whole = scores(counts, segmenter.about["classes"])
+    whole = scores(counts, classes)
     result = {"split": args.split, "checkpoint": str(args.ckpt), **whole,
               "trained": segmenter.about["trained"]}
     text = score_table(args.split, whole)
@@ -1509,7 +1518,7 @@ def infer(args):
 
 def compare(args):
     """Draws the curves of several runs into one picture and prints a table of their results."""
-    histories, rows = {}, []
+    histories, rows, measures = {}, [], set()
     folders = [Path(folder).resolve() for folder in args.runs]
     for folder, name in zip(folders, data.unique_names(folders)):
         if not (folder / "metrics.csv").is_file():
@@ -1523,6 +1532,7 @@ def compare(args):
         score, test = measure(config["labels"]), folder / "test.json"
         best = max(history, key=lambda row: row[f"valid_{score}"])
         histories[name] = history
+        measures.add(score)
         rows.append({
             "run": name, "model": config["model"], "width": config["width"],
             "parameters": sum(p.numel() for p in
@@ -1532,8 +1542,7 @@ def compare(args):
             "valid_dice": best["valid_dice"], "valid_iou": best["valid_iou"],
             f"test_{score}": json.loads(test.read_text())[score] if test.is_file() else None,
             "seconds": sum(row["seconds"] for row in history)})
-    if len({measure(json.loads((folder / "config.json").read_text())["labels"])
-            for folder in folders}) > 1:
+    if len(measures) > 1:
         raise Problem("runs of two classes are not compared with runs of more: they have other "
                       "scores")
     data.draw_curves(args.out, histories, score)
@@ -1639,9 +1648,9 @@ def export(args):
         onnx.model.metadata_props["petseg.json"] = notes
         content = onnx.model_proto.SerializeToString()
     data.write(out, content)
+    size = "×".join(map(str, about["size"]))
     answer(args, f"{out}: {about['model']}, input (B, 3, H, W) in 0..1, H and W multiples of 32 "
-           f"from 64 up, trained at {'×'.join(map(str, about['size']))}; output (B, {classes}, H, W)"
-           ", probabilities",
+           f"from 64 up, trained at {size}; output (B, {classes}, H, W), probabilities",
            {"out": str(out), "model": about["model"], "classes": about["classes"],
             "size": about["size"]})
 

@@ -677,6 +677,10 @@ GREEN, BLACK = data.COLOUR + 0x00FF00, data.COLOUR
     ([BLACK, GREEN], ["my car 0 255 0", "road 0 0 0"], {GREEN: 0, BLACK: 1, 255: 255},
      ["my car", "road"]),
     ([BLACK, GREEN], ["road 0 0 0", "car 1 1 1"], None, "hold #00ff00, which"),
+    ([BLACK, GREEN], ["an old road sign", "b"], {BLACK: 0, GREEN: 1, 255: 255},
+     ["an old road sign", "b"]),
+    ([BLACK, GREEN], ["an old road sign", "a quite new car"], {BLACK: 0, GREEN: 1, 255: 255},
+     ["an old road sign", "a quite new car"]),
     ([BLACK, GREEN], ["a", "b", "c"], None, "names 3 classes, the masks hold 2.*car 64 0 128"),
     ([1, GREEN], [], None, "some masks.*numbers, others colours"),
     ([7], [], None, "all masks.* hold 7"), ([], [], None, "all masks.* hold nothing"),
@@ -1598,6 +1602,9 @@ def test_the_pets_as_several_classes(options, names, trained, root, tmp_path):
     assert shares == pytest.approx({name: pixels[name] / total for name in shares})
     config = json.loads((Path(result["run"]) / "config.json").read_text())
     assert config["labels"] == names
+    again = answer("eval", "--ckpt", Path(result["run"]) / "best.pt", "--root", root, "--out",
+                   tmp_path / "eval")
+    assert again["classes"] == result["classes"] and "breeds" not in again
     assert "other scores" in refused("compare", result["run"], trained["unet"])
 
 
@@ -2376,6 +2383,8 @@ def test_hostile_checkpoints_are_refused_at_once(trained, tmp_path):
         "wide": good | {"width": 10**6}, "wider": good | {"width": 2**40},
         "negative": good | {"width": -1}, "model": good | {"model": "vgg"},
         "mean": good | {"mean": (0.5,)}, "untrained": good | {"trained": {}},
+        "nothing": good | {"classes": []}, "numbers": good | {"classes": [0, 1]},
+        "many": good | {"classes": ["pet"] * 10**5},
         # a tensor that says it has 10¹² numbers, all of them the same
         "vast": good | {"weights": weights | {name: torch.zeros(1).expand(10**12)}},
     }
