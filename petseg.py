@@ -1701,11 +1701,16 @@ def this_way(run, split, device):
     return step, network, optimizers
 
 
-def noise_split(number, size):
-    """As many pictures of noise, where speed alone is asked for."""
+def noise_split(number, size, root=None):
+    """As many pictures of noise, where speed alone is asked for, mapped from nameless files as
+    `data.open_split` maps a split."""
     random = np.random.default_rng(0)
-    images = random.integers(0, 256, (number, *size, 3), np.uint8)
-    return data.Split([""] * number, images, random.integers(0, 3, images.shape[:3], np.uint8), [])
+    images, labels = (np.memmap(tempfile.TemporaryFile(dir=root), np.uint8, "w+", 0, shape)
+                      for shape in ((number, *size, 3), (number, *size)))
+    for i in range(number):
+        images[i] = random.integers(0, 256, images[i].shape, np.uint8)
+        labels[i] = random.integers(0, 3, size, np.uint8)
+    return data.Split([""] * number, images, labels, [])
 
 
 def wait(device):
@@ -1739,8 +1744,8 @@ def own_memory():
     """What this process holds now, in GB, less the files it has mapped, whose pages the kernel
     takes back when it needs them; None where the system does not say."""
     status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) * 1024 / 1e9 for line in lines if "RssAnon" in line), None)
+    found = re.search(r"RssAnon:\s*(\d+)", status.read_text() if status.exists() else "")
+    return int(found[1]) * 1024 / 1e9 if found else None
 
 
 def where_time_goes(run, step, network, optimizers, device, number):
@@ -1788,20 +1793,22 @@ def matrix_rate(device, precision):
 
 
 def one_measurement(args, run, device):
-    """What `bench` asks of a fresh process."""
+    """What `bench` asks of a fresh process: --only plain or petseg, from the data, or a number of
+    pictures of noise."""
+    if args.only.isdigit():
+        settle_memory(device)
+        number = int(args.only)
+        step, *_ = this_way(run, noise_split(number, run.size, run.root), device)
+        steps = min(max(2, 2**22 // (run.batch * math.prod(run.size))), 50)
+        return {"train": pace(step, run, device, number, steps), "memory": peak_memory(device),
+                "own_memory": own_memory()}
+    source = look(find_data(run.data, run.root, args.url)[1], run.root, vars(run))
     if args.only == "plain":
-        source = look(find_data(run.data, run.root, args.url)[1], run.root, vars(run))
         samples = data.samples(source, "train")
         step, guess = plain_way(run, samples, device)
         return {"train": pace(step, run, device, len(samples)),
                 "infer": pace(guess, run, device, len(samples)), "memory": peak_memory(device)}
     settle_memory(device)
-    if args.only in ("step", "scaling"):
-        step, *_ = this_way(run, noise_split(run.batch, run.size), device)
-        steps, warm = (2, 1) if args.only == "step" else (12, 3)
-        return {"train": pace(step, run, device, run.batch, steps, warm),
-                "memory": peak_memory(device)}
-    source = look(find_data(run.data, run.root, args.url)[1], run.root, vars(run))
     split = data.onto(open_split(source, "train", run.size, run.root), device)
     number = len(split.names)
     step, network, optimizers = this_way(run, split, device)
@@ -1816,10 +1823,11 @@ def one_measurement(args, run, device):
             **where_time_goes(run, step, network, optimizers, device, number)}
 
 
-def in_fresh_process(way, *words, processes=0):
+def in_fresh_process(processes=0, **options):
     """A measurement in a process of its own, whose peak memory is then that of the measurement, or
     by torchrun in several of one thread each."""
-    words, threads = [__file__, *sys.argv[1:], "--json", "--only", way, *words], {}
+    words, threads = [__file__, *sys.argv[1:], "--json"], {}
+    words += [f"--{name}={value}" for name, value in options.items()]
     if processes:
         words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes),
                  *words]
@@ -1833,21 +1841,34 @@ def in_fresh_process(way, *words, processes=0):
     return json.loads(child.stdout.splitlines()[-1])
 
 
+def in_turns(rounds, cases):
+    """What fresh processes find, a list for each case: by turns, so that no case has the machine's
+    better hour. A case is what `in_fresh_process` is given."""
+    found, line = [[] for _ in cases], Line()
+    for turn in range(rounds):
+        for case, results in zip(cases, found):
+            line.show(f"round {turn + 1} of {rounds}: "
+                      + ", ".join(f"{name} {value}" for name, value in case.items()))
+            results.append(in_fresh_process(**case))
+    return found
+
+
+def median(results, key="train"):
+    """The median of what several measurements found."""
+    return float(np.median([result[key] for result in results]))
+
+
 def bench_ways(args, run, device):
     """The plain way against this one, against the machine's arithmetic, and the parts of a step."""
     find_data(run.data, run.root, args.url)  # fetched or drawn before the clocks run
-    rounds, line = {"plain": [], "petseg": []}, Line()
-    for turn in range(args.rounds):  # by turns, so that no way has the machine's better hour
-        for way in rounds:
-            line.show(f"round {turn + 1} of {args.rounds}: {way}")
-            rounds[way].append(in_fresh_process(way))
-    found = {way: {key: float(np.median([result[key] for result in results]))
-                   for key in results[0]} for way, results in rounds.items()}
+    ways = ("plain", "petseg")
+    rounds = dict(zip(ways, in_turns(args.rounds, [{"only": way} for way in ways])))
+    found = {way: {key: median(rounds[way], key) for key in rounds[way][0]} for way in ways}
     plain, petseg = found["plain"], found["petseg"]
-    ways = [{args.model: label, **{way: found[way][key] for way in found},
-             "ratio": petseg[key] / plain[key]}
-            for key, label in (("train", "train, images/s"), ("infer", "infer, images/s"),
-                               ("memory", "peak memory, GB"))]
+    compared = [{args.model: label, **{way: found[way][key] for way in ways},
+                 "ratio": petseg[key] / plain[key]}
+                for key, label in (("train", "train, images/s"), ("infer", "infer, images/s"),
+                                   ("memory", "peak memory, GB"))]
     macs = sum(row["multiply_adds"] for row in trace(args.model, run.width, run.size))
     rate = petseg["matrix_rate"]
     # the backward pass is two more convolutions for each: for its input and for its weights
@@ -1856,7 +1877,7 @@ def bench_ways(args, run, device):
     whole = sum(parts.values())
     overhead = 1 - sum(parts[part] for part in NETWORK_PARTS) / whole
     rows = [{"part_of_a_step": part, "ms": ms, "share": ms / whole} for part, ms in parts.items()]
-    text = (f"{table(ways)}\n\nmatrix products: {rate / 1e9:,.0f} G multiply-adds a "
+    text = (f"{table(compared)}\n\nmatrix products: {rate / 1e9:,.0f} G multiply-adds a "
             f"second; of that training reaches {share['train']:.0%}, inference "
             f"{share['infer']:.0%}\n\n{table(rows)}\n"
             f"all but forward, backward and optimizer: {overhead:.1%}")
@@ -1908,7 +1929,7 @@ def bench_memory(args, run, device):
     def fits(batch):
         line.show(f"batch {batch}")
         try:
-            peaks[batch] = in_fresh_process("step", "--batch", str(batch))["memory"]
+            peaks[batch] = in_fresh_process(only=batch, batch=batch)["memory"]
         except Problem:
             if batch == 1:
                 raise
@@ -1931,64 +1952,36 @@ def bench_memory(args, run, device):
 
 
 def bench_grid(args, run, device):
-    """Images per second of training over batch sizes and sides."""
-    settle_memory(device)
-    rows, line = [], Line()
-    for side in (64, 128, 256, 512):
-        row, run.size = {"side": side}, (side, side)
-        for run.batch in (1, 2, 4, 8, 16, 32, 64):
-            line.show(f"side {side}, batch {run.batch}")
-            step, *_ = this_way(run, noise_split(run.batch, run.size), device)
-            steps = max(1, 2**19 // (run.batch * side**2))
-            row[f"batch_{run.batch}"] = pace(step, run, device, run.batch, steps, warm=2)
-        rows.append(row)
+    """Images per second of training over sides and batch sizes."""
+    sides, batches = (64, 128, 256, 512), (1, 2, 4, 8, 16, 32, 64)
+    found = iter(in_turns(1, [{"only": batch, "size": side, "batch": batch}
+                              for side in sides for batch in batches]))
+    rows = [{"side": side, **{f"batch_{batch}": median(next(found)) for batch in batches}}
+            for side in sides]
     return table(rows), {"grid": rows}
 
 
 def bench_growth(args, run, device):
-    """Training from as many pictures as the pets have to train with, and from ten times as many,
-    both memory-mapped, by turns."""
-    settle_memory(device)
-    Path(run.root).mkdir(parents=True, exist_ok=True)
-    noise, rows, speeds = noise_split(414, run.size), [], []
-    with tempfile.TemporaryDirectory(dir=run.root) as folder:
-        def mapped(name, times):
-            path, part = Path(folder) / f"{name}-{times}", getattr(noise, name)
-            with open(path, "wb") as file:
-                file.writelines([part] * times)
-            return np.memmap(path, np.uint8, "r", shape=(times * len(part), *part.shape[1:]))
-
-        splits = [noise._replace(images=mapped("images", times), labels=mapped("labels", times))
-                  for times in (8, 80)]
-        for turn in range(args.rounds):
-            for split in splits:
-                number = len(split.images)
-                step, *_ = this_way(run, split, device)
-                speeds.append(pace(step, run, device, number, steps=50))
-                if turn == 0:
-                    rows.append({"pictures": number, "MB": 4 * math.prod(run.size) * number / 1e6,
-                                 "own_memory_GB": own_memory()})
-    for i, row in enumerate(rows):
-        row["train, images/s"] = float(np.median(speeds[i::2]))
-    return table(rows), {"growth": rows}
+    """Training from as many pictures as the pets have to train with, and from ten times as many."""
+    numbers = (3312, 33120)
+    found = in_turns(args.rounds, [{"only": number} for number in numbers])
+    rows = [{"pictures": number, "MB": 4 * math.prod(run.size) * number / 1e6,
+             "own_memory_GB": results[0]["own_memory"], "train, images/s": median(results)}
+            for number, results in zip(numbers, found)]
+    return table(rows), {"growth": rows, "rounds": found}
 
 
 def bench_scaling(args, run, device):
     """Training by one process, and by one for each GPU, or by two on the CPU: of one thread each,
-    by turns, the batch together the same."""
-    many = torch.cuda.device_count() if device.type == "cuda" else 2
-    speeds, line = {1: [], many: []}, Line()
-    for turn in range(args.rounds):
-        for number in speeds:
-            line.show(f"round {turn + 1} of {args.rounds}: {number} processes")
-            speeds[number].append(in_fresh_process("scaling", processes=number)["train"])
-    rows = [{"processes": number, "train, images/s": float(np.median(found))}
-            for number, found in speeds.items()]
-    for row in rows:
-        row["ratio"] = row["train, images/s"] / rows[0]["train, images/s"]
+    the batch together the same."""
+    numbers = (1, torch.cuda.device_count() if device.type == "cuda" else 2)
+    found = in_turns(args.rounds, [{"only": run.batch, "processes": number} for number in numbers])
+    rows = [{"processes": number, "train, images/s": median(results),
+             "ratio": median(results) / median(found[0])}
+            for number, results in zip(numbers, found)]
     size = 4 * sum(row["parameters"] for row in trace(args.model, run.width, run.size, run.up))
     return (f"{table(rows)}\ngradients: {size / 1e6:.1f} MB a step",
-            {"scaling": rows, "bytes_a_step": size, "rounds": speeds})
+            {"scaling": rows, "bytes_a_step": size, "rounds": found})
 
 
 def bench(args):

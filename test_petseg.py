@@ -2331,7 +2331,7 @@ def test_bench_memory_finds_the_largest_batch(monkeypatch, each, bend):
         return memory
 
     monkeypatch.setattr(petseg, "in_fresh_process",
-                        lambda way, option, batch: {"memory": peak(int(batch))})
+                        lambda only, batch: {"memory": peak(batch)})
     _, result = petseg.bench_memory(Namespace(memory=2.0), None, None)
     largest = max(batch for batch in range(1, 60) if 0.5 + each * batch**bend <= 2)
     assert result["largest_batch"] == largest
