@@ -339,6 +339,7 @@ def look(folder, cache, report, classes="pet", cityscapes="19", drawn=None):
         of = {name: split for split, names in drawn.items() for name in names}
         found = {split: [pair for pair in pairs if of.get(pair[0], "train") == split]
                  for split in ("train", "valid", "test")}
+        found = {split: pairs for split, pairs in found.items() if pairs}  # files may have gone
     masks = [mask for pairs in found.values() for *_, mask in pairs]
     listed = folder / "classes.txt"
     lines = listed.read_text("utf-8-sig", "replace").splitlines() if listed.is_file() else []
@@ -352,7 +353,8 @@ def look(folder, cache, report, classes="pet", cityscapes="19", drawn=None):
 def samples(source, split):
     """The samples of a split, where there is such a split."""
     if split not in source.splits:
-        raise Problem(f"{source.folder} has no test split; eval can take --split valid")
+        raise Problem(f"{source.folder} has no {split} split"
+                      + "; eval can take --split valid" * (split == "test"))
     return source.splits[split]
 
 

@@ -113,8 +113,9 @@ OPTIONS = {
                "what the trimap's border is while training; class: one of its own"),
     "classes": ("pet", ("pet", "species"), "of the pets: pet, or cat and dog"),
     "cityscapes_classes": ("19", ("19", "30"), "the benchmark's, or all"),
-    "class_weights": ("none", ("none", "inverse", "sqrt"), "in the cross-entropy: the same, or by "
-                      "one over a class's share of the pixels, or the root of that"),
+    "class_weights": ("auto", ("auto", "none", "inverse", "sqrt"), "in the cross-entropy: the same, "
+                      "or by one over a class's share of the pixels, or the root of that; auto: "
+                      "sqrt where there are more than two"),
     "compile": (False, bool, "use torch.compile"),
     "recompute": (False, bool, "keep less for the backward pass: less memory, a quarter more time"),
     "precision": ("auto", ("auto", "bf16", "fp32"), "auto: bfloat16 where the hardware has it"),
@@ -838,7 +839,7 @@ CHECKPOINTS = {
                 "classes": [""], "border": "foreground", "mean": data.MEAN, "std": data.STD,
                 "weights": {}, "trained": {"data": "pets", "root": "data", "command": "",
                                            "classes": "pet", "cityscapes_classes": "19",
-                                           "drawn": {}}},
+                                           "drawn": {"": [""]}}},
     "training": {"settings": {}, "pictures": [], "network": {}, "average": {}, "optimizers": [],
                  "epoch": 1, "step": 0, "history": [], "sums": {}, "counts": torch.empty(0),
                  "seconds": 0.0},
@@ -850,9 +851,12 @@ HOSTILE = (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError,
 
 
 def alike(value, example):
-    """Whether a value has the type of the example, and all that the example has; of a list each."""
+    """Whether a value has the type of the example, and all that the example has; of a list each,
+    and of a dict whose one name is empty."""
     if not isinstance(value, type(example)):
         return False
+    if isinstance(example, dict) and "" in example:
+        return all(alike(each, example[""]) for each in value.values())
     if isinstance(example, dict):
         return all(name in value and alike(value[name], each) for name, each in example.items())
     if isinstance(example, list):
@@ -1127,7 +1131,9 @@ def class_shares(source, split, about):
 
 def class_weights(run, shares):
     """How much a pixel of each class counts in the cross-entropy; one on average over classes."""
-    power = {"none": 0, "sqrt": 0.5, "inverse": 1}[run.class_weights]
+    # CamVid's valid mean IoU after the same 28 passes: 0.660 with sqrt, 0.578 without (a run each)
+    auto = 0.5 if len(shares) > 2 else 0
+    power = {"none": 0, "sqrt": 0.5, "inverse": 1, "auto": auto}[run.class_weights]
     weights = torch.where(shares > 0, 1 / shares.clamp(min=1e-9) ** power, 0)
     return (weights / weights[shares > 0].mean()).float()
 

@@ -768,6 +768,11 @@ def test_the_lot_divides_once_and_for_all(tmp_path):
     later = look(tmp_path, tmp_path / "a", drawn=first.drawn)
     assert [*map(len, later.splits.values())] == [33, 4, 4]
     assert later.splits["test"] == first.splits["test"]
+    for sample in first.splits["test"]:
+        sample.image.unlink()
+    gone = look(tmp_path, tmp_path / "a", drawn=first.drawn)
+    with pytest.raises(data.Problem, match="no test split.*--split valid"):
+        data.open_split(gone, "test", (32, 32), tmp_path / "cache", quiet)
 
 
 def test_thirty_classes_of_cityscapes(tmp_path):
@@ -1574,11 +1579,13 @@ def test_shares_of_classes_and_the_weights_by_them(tmp_path, capsys):
     said = capsys.readouterr().err
     assert "a heap; 1 train; sky 60.0%, car 40.0%, moon 0.0%; void 16.7% of the pixels" in said
     assert "the class moon never occurs" in said
-    root = (0.6**-0.5, 0.4**-0.5)
-    for how, expected in (("none", (1, 1)), ("inverse", (0.8, 1.2)),
-                          ("sqrt", (2 * root[0] / sum(root), 2 * root[1] / sum(root)))):
-        weights = petseg.class_weights(Namespace(class_weights=how), shares)
+    total = 0.6**-0.5 + 0.4**-0.5
+    root = [2 * 0.6**-0.5 / total, 2 * 0.4**-0.5 / total]
+    for how, number, expected in (("none", 3, [1, 1]), ("inverse", 3, [0.8, 1.2]),
+                                  ("sqrt", 2, root), ("auto", 3, root), ("auto", 2, [1, 1])):
+        weights = petseg.class_weights(Namespace(class_weights=how), shares[:number])
         assert weights[:2].tolist() == pytest.approx(expected)
+        assert len(weights) == number and not weights[2:].any()
 
 
 @pytest.mark.parametrize("options, names", [
@@ -2385,6 +2392,7 @@ def test_hostile_checkpoints_are_refused_at_once(trained, tmp_path):
         "mean": good | {"mean": (0.5,)}, "untrained": good | {"trained": {}},
         "nothing": good | {"classes": []}, "numbers": good | {"classes": [0, 1]},
         "many": good | {"classes": ["pet"] * 10**5},
+        "drawn": good | {"trained": good["trained"] | {"drawn": {"valid": [1]}}},
         # a tensor that says it has 10¹² numbers, all of them the same
         "vast": good | {"weights": weights | {name: torch.zeros(1).expand(10**12)}},
     }
