@@ -1173,6 +1173,18 @@ def finish(args, folder, run, history, source):
            f"{trained[score]:.4f}\n{score_table(name, found)}", result)
 
 
+def listen():
+    """A list of the signals that come from now on, which only ask, and what they did before. A
+    second Ctrl-C does not wait for an answer."""
+    stop = []
+
+    def ask(number, _):
+        stop.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    return stop, {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+
+
 def train(args):
     """Trains a network from scratch, or goes on with a run; scores it; leaves all in its folder."""
     torch.backends.cudnn.deterministic = True  # the same seed gives the same weights
@@ -1253,13 +1265,7 @@ def train(args):
         + ", ".join(f"{name} {value}" for name, value in vars(run).items() if name != "drawn"))
     line = Line()
 
-    stop = []  # signals that came: they only ask, the loop answers; a second Ctrl-C does not wait
-
-    def ask(number, _):
-        stop.append(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    stop, usual = listen()
     while epoch <= run.epochs:
         began = time.monotonic() - seconds
         network.train()
@@ -1332,8 +1338,8 @@ def train(args):
         sums.zero_()
         counts.zero_()
         saved = save_state()
-    for number, usual in before.items():
-        signal.signal(number, usual)
+    for number, handler in usual.items():
+        signal.signal(number, handler)
     finish(args, folder, run, history, source)
 
 
