@@ -1537,7 +1537,7 @@ def test_train_and_eval(model, trained, root, tmp_path):
 @pytest.mark.parametrize("kind, options", [
     ("splits", "unet --loss dice"),
     ("colours", "unet --size 32x48 --loss bce --class-weights inverse"),
-    ("Cityscapes", "unet --schedule plateau")])
+    ("Cityscapes", "unet --schedule plateau --epochs 24")])
 def test_own_data_from_training_to_masks(kind, options, tmp_path):
     folder, root = tmp_path / "own", ("--root", tmp_path / "root")
     folder.mkdir()
