@@ -1719,9 +1719,9 @@ def noise_split(number, size, root=None):
     random = np.random.default_rng(0)
     images, labels = (np.memmap(tempfile.TemporaryFile(dir=root), np.uint8, "w+", 0, shape)
                       for shape in ((number, *size, 3), (number, *size)))
-    for i in range(number):
-        images[i] = random.integers(0, 256, images[i].shape, np.uint8)
-        labels[i] = random.integers(0, 3, size, np.uint8)
+    for array, most in ((images, 256), (labels, 3)):
+        for part in np.array_split(array, number // 64 + 1):
+            part[:] = random.integers(0, most, part.shape, np.uint8)
     return data.Split([""] * number, images, labels, [])
 
 
@@ -1810,6 +1810,7 @@ def one_measurement(args, run, device):
     if args.only.isdigit():
         settle_memory(device)
         number = int(args.only)
+        Path(run.root).mkdir(parents=True, exist_ok=True)
         step, *_ = this_way(run, noise_split(number, run.size, run.root), device)
         steps = min(max(2, 2**22 // (run.batch * math.prod(run.size))), 50)
         return {"train": pace(step, run, device, number, steps), "memory": peak_memory(device),

@@ -2346,8 +2346,10 @@ def test_bench_memory_finds_the_largest_batch(monkeypatch, each, bend):
         petseg.bench_memory(Namespace(memory=0.5), None, None)
 
 
-def test_bench_grows(root):
-    result = answer("bench", "unet", *TINY, "--batch", 2, "--rounds", 1, "--growth", "--root", root)
+def test_bench_grows(tmp_path):
+    result = answer("bench", "unet", *TINY, "--batch", 2, "--rounds", 1, "--growth", "--root",
+                    tmp_path / "new")
+    assert not files(tmp_path)
     assert [row["pictures"] for row in result["growth"]] == [3312, 33120]
     assert result["growth"][1]["MB"] == pytest.approx(33120 * 32 * 32 * 4 / 1e6)
 
