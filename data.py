@@ -277,7 +277,9 @@ def enlarged(small, size):
 
 
 def read_pair(sample, size):
-    """One photo and its labels as arrays of bytes, (H, W, 3) and (H, W)."""
+    """One photo and its labels as arrays of bytes, (H, W, 3) and (H, W). `ahead` does with threads:
+    Pillow lets go of Python's lock while it decodes and scales. Two cores decode and scale 1,145
+    JPEGs of 500×375 a second with two threads, 599 with one."""
     labels = read_mask(sample.mask, sample.codes)
     image = read_image(sample.image, size, labels.shape)
     return np.asarray(image), resized(labels, size, "NEAREST")
@@ -459,9 +461,10 @@ def draw_lots(names, folder):
 
 
 def fingerprint(paths, *more):
-    """A short text that changes with the files' sizes and times, and with what else is given."""
+    """A short text that changes with the files' sizes and times, what `allow` has set, and what
+    else is given."""
     stats = [os.stat(path) if path.exists() else None for path in paths]
-    facts = [[(s.st_size, s.st_mtime_ns) if s else 0 for s in stats], *more]
+    facts = [[(s.st_size, s.st_mtime_ns) if s else 0 for s in stats], Image.MAX_IMAGE_PIXELS, *more]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
@@ -568,7 +571,7 @@ def check(source, progress):
     `progress(what)` gives the function that is told of each step, here and in `get_pets`."""
     result = {}
     for split, samples in source.splits.items():
-        pairs = decoded(samples, (32, 32), progress(f"check {split}"))
+        pairs = ahead(lambda each: read_pair(each, (32, 32)), samples, progress(f"check {split}"))
         result[split] = len(samples), [str(pair) for pair in pairs if isinstance(pair, Problem)]
     return result
 
@@ -662,12 +665,12 @@ def append(url, part, have, report, patience):
         if response.status != 206:  # the server does not know ranges: from the start
             have = 0
             file.truncate(0)
-        total = have + (response.length or 0)
+        total = have + response.length if response.length else 0  # not every server says it
         since, then = have, time.monotonic()
         while chunk := response.read1(1 << 18):  # what has come, without waiting for more
             file.write(chunk)
             have += len(chunk)
-            report(have, max(total, have))
+            report(have, total or MOST_BYTES)
             if max(have, total) > MOST_BYTES:
                 raise DownloadFailed(f"{url} has more than {MOST_BYTES / 1e9:g} GB and cannot be "
                                      "the pets; name another mirror with --url")
@@ -870,15 +873,6 @@ class Split(NamedTuple):
     skipped: list        # what could not be read and is left out, a line each
 
 
-def decoded(samples, size, report):
-    """Yields (image, labels), or the Problem met instead, of each sample in turn.
-
-    Threads are enough: Pillow lets go of Python's lock while it decodes and scales. Two cores
-    decode and scale 1,145 JPEGs of 500×375 a second with two threads, 599 with one.
-    """
-    return ahead(lambda sample: read_pair(sample, size), samples, report)
-
-
 def open_split(source, split, size, cache, report):
     """A split of a source at `size`, from `cache`, where its first use writes it.
 
@@ -887,8 +881,7 @@ def open_split(source, split, size, cache, report):
     """
     found = samples(source, split)
     key = fingerprint([path for sample in found for path in (sample.image, sample.mask)],
-                      [(sample.name, [*sample.codes.items()]) for sample in found],
-                      Image.MAX_IMAGE_PIXELS)
+                      [(sample.name, [*sample.codes.items()]) for sample in found])
     place = Path(cache) / f"{source.folder.resolve().name}-{split}-{size[0]}x{size[1]}-{key}"
     if not place.is_dir():
         try:
@@ -897,31 +890,24 @@ def open_split(source, split, size, cache, report):
             if not place.is_dir():  # else another run has written the same cache in the meantime
                 raise
     about = json.loads((place / "about.json").read_text())
-    arrays = (np.load(place / f"{part}.npy", mmap_mode="r") for part in ("images", "labels"))
-    return Split(about["names"], *arrays, about["skipped"])
-
-
-def write_header(file, shape):
-    """Writes, or writes anew, the head of a .npy file of bytes, whose length does not depend on
-    how many there are."""
-    file.seek(0)
-    head = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, head)
+    shape = len(about["names"]), *size
+    return Split(about["names"], np.memmap(place / "images", np.uint8, "r", 0, (*shape, 3)),
+                 np.memmap(place / "labels", np.uint8, "r", 0, shape), about["skipped"])
 
 
 def build_cache(place, samples, size, report):
-    """Decodes every sample once into images.npy and labels.npy in the folder `place`."""
+    """Decodes every sample once into the files images and labels, byte after byte, in the folder
+    `place`."""
     names, skipped = [], []
+    pairs = ahead(lambda sample: read_pair(sample, size), samples, report)
     with whole(place) as new:
         need, free = 4 * size[0] * size[1] * len(samples), shutil.disk_usage(new.parent).free
         if need > free:
             raise Problem(f"the cache {place} needs {need / 1e6:,.0f} MB, the disk has "
                           f"{free / 1e6:,.0f} MB; make room, or name another disk with --root")
         new.mkdir()
-        with open(new / "images.npy", "wb") as images, open(new / "labels.npy", "wb") as labels:
-            write_header(images, (0, *size, 3))
-            write_header(labels, (0, *size))
-            for sample, pair in zip(samples, decoded(samples, size, report)):
+        with open(new / "images", "wb") as images, open(new / "labels", "wb") as labels:
+            for sample, pair in zip(samples, pairs):
                 if isinstance(pair, Unreadable):
                     skipped.append(str(pair))
                 elif isinstance(pair, Problem):
@@ -930,8 +916,6 @@ def build_cache(place, samples, size, report):
                     images.write(pair[0].tobytes())
                     labels.write(pair[1].tobytes())
                     names.append(sample.name)
-            write_header(images, (len(names), *size, 3))
-            write_header(labels, (len(names), *size))
         if not names:
             raise Problem(f"none of {len(samples)} pictures can be read; the first: {skipped[0]}")
         (new / "about.json").write_text(json.dumps({"names": names, "skipped": skipped}))
@@ -1021,10 +1005,9 @@ def augment(images, labels, random, size=None, share=1.0, flip=0.0, vflip=0.0, r
     stretch = torch.exp(draw(math.log(aspect)))
     across, down = mirror(flip), mirror(vflip)
     warp = torch.stack((
-        torch.stack((stretch * cos * across, -stretch * sin * height / width * down,
-                     draw(2 * shift)), dim=1),
-        torch.stack((sin / stretch * width / height * across, cos / stretch * down,
-                     draw(2 * shift)), dim=1)), dim=1)
+        stretch * cos * across, -stretch * sin * height / width * down, draw(2 * shift),
+        sin / stretch * width / height * across, cos / stretch * down, draw(2 * shift)),
+        dim=1).view(-1, 2, 3)
     grid = F.affine_grid(send(warp, images.device), (number, 3, *(size or (height, width))),
                          align_corners=False)
     images = F.grid_sample(images, grid, "bilinear", "reflection", align_corners=False)
@@ -1059,9 +1042,11 @@ def targets(labels, border="foreground", random=None, classes=2):
         return torch.where(edge, {"background": 0, "ignore": VOID, "class": classes - 1}[border],
                            labels)
     root = torch.arange(labels.numel() + 1, device=labels.device)
-    numbers = root[1:].view_as(labels) * edge        # (B, H, W): at first each is its own region
+    numbers = root[1:].view_as(labels)               # (B, H, W): at first each is its own region
+    first, numbers = numbers[:, :1, :1].clone(), numbers * edge
     while True:
-        largest = F.max_pool2d(numbers.float(), 3, 1, 1).long() * edge  # among 8 neighbours
+        # among 8 neighbours; less its picture's first, for floats count no further than to 2**24
+        largest = (F.max_pool2d((numbers - first).float(), 3, 1, 1).long() + first) * edge
         if torch.equal(largest, numbers):
             break
         root.scatter_reduce_(0, numbers.flatten(), largest.flatten(), "amax")  # regions that touch
@@ -1113,13 +1098,13 @@ def png(image):
 
 def save_picture(image, path):
     """Writes a picture whole or not at all, in the format of its name's ending, else as PNG."""
-    kind = Image.registered_extensions().get(Path(path).suffix.lower(), "PNG")
+    kind = Image.registered_extensions().get(Path(path).suffix.lower())
     with whole(path) as new:
-        if kind == "PNG":
+        if kind in Image.SAVE and kind != "PNG":
+            image.save(new, kind)
+        else:
             with open(new, "wb") as file:
                 file.writelines(png(image))
-        else:
-            image.save(new, kind)
 
 
 def mask_picture(mask, classes):
@@ -1169,21 +1154,17 @@ def panel(photo, truth, mask, caption, classes, side=256):
 
 def with_legend(row, classes):
     """A picture with the colour and the name of each class, the background's aside, below it."""
-    x, y, places = 0, row.height + 4, []
-    font = ImageFont.load_default(13)
-    for name in classes[1:]:
+    result = Image.new("RGB", (row.width, row.height + 18 * len(classes)), "white")
+    result.paste(row)
+    draw, font, x, y = ImageDraw.Draw(result), ImageFont.load_default(13), 0, row.height + 4
+    for name, colour in zip(classes[1:], COLOURS_OF_CLASSES[1:]):
         wide = 28 + int(font.getlength(name))
         if x and x + wide > row.width:
             x, y = 0, y + 18
-        places.append((x, y))
-        x += wide
-    result = Image.new("RGB", (row.width, y + 18), "white")
-    result.paste(row)
-    draw = ImageDraw.Draw(result)
-    for (x, y), name, colour in zip(places, classes[1:], COLOURS_OF_CLASSES[1:]):
         draw.rectangle((x, y + 2, x + 12, y + 14), colour)
         draw.text((x + 17, y), name, "black", font)
-    return result
+        x += wide
+    return result.crop((0, 0, row.width, y + 18))
 
 
 RESULTS = {  # what `infer` can write, each from photo, mask, true mask or None, and the classes

@@ -1398,14 +1398,12 @@ def columns(classes):
 
 def infer_one(segmenter, kinds, out, sample, name):
     """Segments one picture and writes its results; returns its row of the table."""
-    about, photo, labels = segmenter.about, data.read_image(sample.image), None
+    about = segmenter.about
+    labels = data.read_mask(sample.mask, sample.codes) if sample.mask else None
+    photo = data.read_image(sample.image, None, labels.shape if sample.mask else None)
     classes, size = about["classes"], photo.size[::-1]
     pixels = torch.from_numpy(data.resized(photo, about["size"])[None]).to(segmenter.device)
     small = layers.probabilities(predict(segmenter, data.floats(pixels))).cpu()
-    if sample.mask:
-        labels = data.read_mask(sample.mask, sample.codes)
-        if labels.shape != size:
-            raise Problem(f"{sample.image} and its mask {sample.mask} are of different sizes")
 
     def agreement(mask, labels):
         target = true_classes(about, torch.from_numpy(labels)[None])

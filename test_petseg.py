@@ -32,12 +32,14 @@ import time
 import zipfile
 import zlib
 from argparse import Namespace
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # else each copy below imports it anew, at 1.3 seconds
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
@@ -55,6 +57,12 @@ PROGRAM = Path(__file__).with_name("petseg.py")
 NETWORKS = [layers.UNet, layers.ResNet34UNet]
 TWO = ["background", "pet"]
 TINY = ("--data", "toy", "--size", 32, "--width", 2)
+# what a best.pt says beside its weights, and how it was made
+ABOUT = {"petseg": "network", "model": "unet", "width": 2, "up": "transpose", "dropout": 0.0,
+         "size": (32, 32), "classes": TWO, "border": "foreground", "mean": data.MEAN,
+         "std": data.STD}
+MADE = {"data": "toy", "root": "data", "command": "train", "classes": "pet",
+        "cityscapes_classes": "19", "drawn": {}}
 
 
 def quiet(*_):
@@ -68,31 +76,50 @@ FORKS.set_forkserver_preload(["test_petseg"])
 os.environ["PYTHONPATH"] = str(PROGRAM.parent)
 
 
-def be_program(words, *streams):
-    """What such a copy does: it becomes the program, and writes into two files."""
+def be_program(words, before, peak, *streams):
+    """What such a copy does: it becomes the program. Into three files go the most memory that it
+    held, its stdout and its stderr."""
     for number, path in enumerate(streams, 1):
         os.dup2(os.open(path, os.O_WRONLY), number)
+    before()
     sys.argv = [str(PROGRAM), *words]
-    runpy.run_path(str(PROGRAM), run_name="__main__")
+    try:
+        runpy.run_path(str(PROGRAM), run_name="__main__")
+    finally:
+        peak.write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
 
 
-def attempt(*words):
-    """One command as a user types it, however it ends."""
-    with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
-        child = FORKS.Process(target=be_program,
-                              args=([str(word) for word in words], out.name, err.name))
+@contextmanager
+def start(*words, before=quiet):
+    """A command as a user types it, beside the test; at the end what it said, however it ended. In
+    its process `before` is called first."""
+    with tempfile.TemporaryDirectory() as place:
+        files = [Path(place, name) for name in ("peak", "stdout", "stderr")]
+        for path in files:
+            path.touch()
+        child = FORKS.Process(target=be_program, daemon=True,
+                              args=([str(word) for word in words], before, *files))
         child.start()
+        child.said = files[2].read_text  # so far
+        yield child
         child.join()
-        done = Namespace(stdout=out.read(), stderr=err.read(), returncode=child.exitcode)
-    assert "Traceback" not in done.stderr, done.stderr
-    return done
+        child.peak, child.stdout, child.stderr = (path.read_text() for path in files)
+    assert "Traceback" not in child.stderr, child.stderr
 
 
-def run(*words, code=0):
+def said_until(child, words):
+    """Waits until a command has said `words`, or has ended; whether it has said them."""
+    while child.is_alive() and words not in child.said():
+        time.sleep(0.01)
+    return words in child.said()
+
+
+def run(*words, code=0, before=quiet):
     """One command that ends with this exit code."""
-    done = attempt(*words)
-    assert done.returncode == code, done.stderr
-    return done
+    with start(*words, before=before) as child:
+        pass
+    assert child.exitcode == code, child.stderr
+    return child
 
 
 def answer(*words):
@@ -218,7 +245,7 @@ def test_initialisation(model):
 
 
 def test_transposed_conv_is_torchs():
-    layer, x = layers.TransposedConv(3, 5), torch.rand(2, 3, 4, 7)
+    layer, x = layers.TransposedConv(3, 5, 2, stride=2), torch.rand(2, 3, 4, 7)
     expected = F.conv_transpose2d(x, layer.weight, layer.bias, stride=2)
     torch.testing.assert_close(layer(x), expected)
 
@@ -551,7 +578,6 @@ def spoilt(rng, pictures):
     return ending, bytes(content)
 
 
-@pytest.mark.filterwarnings("ignore::Warning:PIL")
 def test_fuzz_pictures(tmp_path):
     data.allow(10**8)
     pictures, seconds, read, refusals = pictures_to_spoil(), [], 0, 0
@@ -654,8 +680,6 @@ def test_split_rule(tmp_path):
     assert [sample.name for sample in train] == [name for i, name in enumerate(names) if i % 10]
     assert valid[1][1:3] == (tmp_path / "images" / "Cat_10.jpg",
                             annotations / "trimaps" / "Cat_10.png")
-    with pytest.raises(data.Problem, match="no test split"):
-        data.samples(look(tmp_path), "test")
     for content in ("# nothing else\n", "\n\n", "one"):
         (annotations / "trainval.txt").write_text(content)
         with pytest.raises(data.Problem, match="the train split.*is empty.*trainval.txt"):
@@ -784,8 +808,7 @@ def test_thirty_classes_of_cityscapes(tmp_path):
 
 
 @pytest.mark.parametrize("harm, expected", [
-    ("swap", "numbers or colours.*swapped"), ("size", "31×40.*must agree"),
-    ("lonely", "left out.*odd"),
+    ("swap", "numbers or colours.*swapped"), ("lonely", "left out.*odd"),
     ("none", "no picture in .*images has a mask in .*_mask"), ("few", "2 labelled.*at least 3"),
     ("no val", "no val/"), ("blank", "all masks .* hold 0"), ("no masks", "no folder .*masks")])
 def test_what_trips_people_over(harm, expected, tmp_path):
@@ -798,8 +821,6 @@ def test_what_trips_people_over(harm, expected, tmp_path):
         images.rename(tmp_path / "x")
         masks.rename(images)
         (tmp_path / "x").rename(masks)
-    elif harm == "size":
-        noise.save(images / "street 3.jpg")
     elif harm == "lonely":
         noise.save(images / "odd.jpg")
     elif harm == "none":
@@ -840,8 +861,6 @@ def test_names_of_any_kind_give_short_plain_names_of_their_own(tmp_path):
     assert [str(data.Problem(text)) for text in ("a\n\x1b[2J\u202e", "é\\n")] == [
         r"a\n\x1b[2J\u202e", "é\\n"]  # nothing that a terminal would obey
     assert data.find_truth(tmp_path / ("y" * 255)) is None
-
-
 
 
 def test_cache_holds_what_the_files_hold(toys, tmp_path):
@@ -1193,7 +1212,7 @@ def test_png_is_read_back_as_it_was(tmp_path, mode, shape):
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     picture = Image.fromarray(pixels)
     if mode == "P":
-        picture.putpalette(range(256 * 3 % 256, 30))
+        picture.putpalette(range(30))
     data.save_picture(picture, tmp_path / "any.png")
     with Image.open(tmp_path / "any.png") as image:
         image.verify()
@@ -1314,8 +1333,7 @@ def test_scores_of_several_classes_against_slow_loops():
 
 def test_score_of_a_split_counts_each_image_once(toys, tmp_path):
     split = data.open_split(look(toys), "test", (32, 32), tmp_path, quiet)
-    about = {"classes": TWO, "border": "foreground", "mean": data.MEAN, "std": data.STD}
-    segmenter = petseg.Segmenter(layers.UNet(width=2), about, "fp32")
+    segmenter = petseg.Segmenter(layers.UNet(width=2), ABOUT, "fp32")
     losses, dices = [], []
     for i in range(10):
         images, labels = data.load(split, torch.tensor([i]))
@@ -1330,8 +1348,7 @@ def test_score_of_a_split_counts_each_image_once(toys, tmp_path):
 
 
 def test_a_picture_is_also_seen_mirrored_and_in_other_sizes():
-    about, images = {"mean": data.MEAN, "std": data.STD}, torch.rand(2, 3, 64, 64)
-    network = layers.UNet(width=2).eval()
+    network, images = layers.UNet(width=2).eval(), torch.rand(2, 3, 64, 64)
 
     @torch.no_grad()
     def seen(side, mirrored):
@@ -1343,15 +1360,13 @@ def test_a_picture_is_also_seen_mirrored_and_in_other_sizes():
     mean = (plain + seen(64, True) + seen(48, False) + seen(80, True)) / 4
     assert (mean - plain).abs().max() > 0.01
     for tta, expected in ((True, mean), (False, plain)):
-        segmenter = petseg.Segmenter(network, about, "fp32", tta=tta)
+        segmenter = petseg.Segmenter(network, ABOUT, "fp32", tta=tta)
         torch.testing.assert_close(petseg.predict(segmenter, images).sigmoid(), expected,
                                    rtol=0, atol=1e-5)
 
 
 def test_a_prediction_does_not_depend_on_its_neighbours():
-    about = {"model": "unet", "width": 4, "up": "transpose", "dropout": 0.0, "size": (32, 32),
-             "classes": TWO, "border": "foreground", "mean": data.MEAN, "std": data.STD}
-    segmenter = petseg.Segmenter(petseg.build(about), about, "fp32")
+    segmenter = petseg.Segmenter(petseg.build(ABOUT | {"width": 4}), ABOUT, "fp32")
     images = torch.rand(7, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     images = images.to(memory_format=torch.channels_last)
     logits = petseg.predict(segmenter, images)
@@ -1372,15 +1387,10 @@ def test_a_saved_network_predicts_as_before_its_saving(tmp_path):
     with torch.no_grad():  # large numbers, as after a long run, that amount to the same
         first.conv.weight *= 300
         first.bn.running_var *= 300**2
-    about = {"petseg": "network", "model": "unet", "width": 2, "up": "transpose", "dropout": 0.0,
-             "size": (32, 32), "classes": TWO, "border": "foreground", "mean": data.MEAN,
-             "std": data.STD}
-    made = {"data": "toy", "root": "data", "command": "train unet", "classes": "pet",
-            "cityscapes_classes": "19", "drawn": {}}
-    petseg.save_network(tmp_path / "best.pt", network, about, made)
+    petseg.save_network(tmp_path / "best.pt", network, ABOUT, MADE)
     images = torch.rand(2, 3, 32, 32)
     before, after = (petseg.predict(segmenter, images) for segmenter in (
-        petseg.Segmenter(network, about, "fp32"),
+        petseg.Segmenter(network, ABOUT, "fp32"),
         petseg.load_segmenter(tmp_path / "best.pt", "cpu", "fp32")))
     torch.testing.assert_close(after, before, rtol=0.01, atol=0.01 * before.std().item())
     assert before.std() > 0
@@ -1556,7 +1566,8 @@ def test_own_data_from_training_to_masks(kind, options, tmp_path):
     if kind != "Cityscapes":  # its test part has no truth
         there = answer("infer", *ckpt, *root, "--out", tmp_path / "out")
         assert there["images"] == result["images"] and there["dice"] > 0.4
-    picture = next(path for path in sorted(folder.rglob("street*")) if "mask" not in str(path))
+    picture = next(path for path in folder.rglob("street*")
+                   if not {"masks", "gtFine"} & {*path.parts})
     answer("infer", *ckpt, picture, "--save", "mask,overlay,cutout,panel", "--out",
            tmp_path / "one")
     [row] = read_rows(tmp_path / "one" / "predictions.csv")
@@ -1615,13 +1626,12 @@ def test_the_pets_as_several_classes(options, names, trained, root, tmp_path):
     assert "other scores" in refused("compare", result["run"], trained["unet"])
 
 
-def test_resume_with_more_epochs_equals_one_long_run(trained, root, tmp_path):
-    folder = Path(answer("train", "unet", "--root", root, "--out", tmp_path, *TINY, "--epochs", 1,
-                         "--schedule", "constant", "--save-every", 1)["run"])
+def test_resume_with_more_epochs_equals_one_long_run(halfway, root, tmp_path):
+    folder, whole = halfway
     assert (folder / "epoch-1.pt").is_file()
     for _ in range(2):  # the second time nothing is left to do, and that is no fault
         answer("train", "--resume", folder, "--epochs", 2)
-    assert_same_run(folder, trained["unet"])
+    assert_same_run(folder, whole)
     command = json.loads((folder / "config.json").read_text())["command"]
     assert command.split(", ")[1:] == ["resumed with --epochs 2"]
     assert re.search("lr .*0.1", refused("train", "--resume", folder, "--lr", 0.1))
@@ -1660,17 +1670,6 @@ KILLED = [
 ]
 
 
-def start(*words):
-    """A command that runs beside the test; what it says is read from its stderr."""
-    return subprocess.Popen([sys.executable, PROGRAM, *map(str, words)], stderr=subprocess.PIPE,
-                            stdout=subprocess.DEVNULL, text=True)
-
-
-def said_until(process, words):
-    """Reads what a process says until it says `words`, or ends."""
-    return any(words in line for line in process.stderr)
-
-
 @pytest.mark.parametrize("options", KILLED if KILLS else KILLED[:1])
 def test_killed_at_random_moments_and_resumed_equals_undisturbed(options, root, tmp_path):
     words = ["train", *options.split(), "--root", root, *TINY, "--size", 48, "--epochs", 4,
@@ -1685,7 +1684,7 @@ def test_killed_at_random_moments_and_resumed_equals_undisturbed(options, root, 
                 assert said_until(process, f"toy-{words[1]}-")
             time.sleep(random.uniform(0, 1.5))
             process.kill()
-        kills += process.returncode == -signal.SIGKILL
+        kills += process.exitcode == -signal.SIGKILL
         if list((tmp_path / "killed").glob("*/test.json")):
             shutil.rmtree(tmp_path / "killed")  # it came to its end: from the start again
     run(*words)
@@ -1693,19 +1692,19 @@ def test_killed_at_random_moments_and_resumed_equals_undisturbed(options, root, 
     assert_same_run(folder, undisturbed)
 
 
-@pytest.mark.parametrize("how, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_saves_says_how_to_go_on_and_equals_undisturbed(how, code, root, tmp_path):
+def test_stopped_saves_says_how_to_go_on_and_equals_undisturbed(root, tmp_path):
     words = ["train", "unet", "--root", root, *TINY, "--epochs", 3, "--batch", 2]
     undisturbed = Path(answer(*words, "--out", tmp_path / "undisturbed")["run"])
-    with start(*words, "--out", tmp_path / "stopped") as process:
-        assert said_until(process, "epoch 1/3  train loss")
-        process.send_signal(how)
-        *_, last = process.stderr.read().splitlines()
-    [folder] = (tmp_path / "stopped").iterdir()
-    assert process.returncode == code and f"train --resume {folder}" in last
-    assert len(read_rows(folder / "metrics.csv")) < 3
-    run("train", "--resume", folder)
-    assert_same_run(folder, undisturbed)
+    for how, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        with start(*words, "--out", tmp_path / how.name) as process:
+            assert said_until(process, "epoch 1/3  train loss")
+            os.kill(process.pid, how)
+        [folder] = (tmp_path / how.name).iterdir()
+        assert process.exitcode == code
+        assert f"train --resume {folder}" in process.stderr.splitlines()[-1]
+        assert len(read_rows(folder / "metrics.csv")) < 3
+        run("train", "--resume", folder)
+        assert_same_run(folder, undisturbed)
 
 
 def test_two_runs_never_share_a_folder_and_a_crash_leaves_no_lock(root, tmp_path):
@@ -1721,11 +1720,11 @@ def test_two_runs_never_share_a_folder_and_a_crash_leaves_no_lock(root, tmp_path
     assert (folder / "test.json").exists() and not list(folder.glob(".part-*"))
 
 
-def test_resume_auto_takes_the_newest_unfinished_run_of_the_same_options(root, tmp_path):
-    words = ["train", "unet", "--root", root, *TINY, "--out", tmp_path, "--epochs", 2, "--resume",
-             "auto"]
-    finished = answer(*words)["run"]
-    first, other, newest = (shutil.copytree(finished, tmp_path / name) for name in "abc")
+def test_resume_auto_takes_the_newest_unfinished_run_of_the_same_options(trained, root,
+                                                                         tmp_path):
+    words = ["train", "unet", "--root", root, *TINY, "--out", tmp_path, "--epochs", 2,
+             "--schedule", "constant", "--resume", "auto"]
+    _, first, other, newest = (shutil.copytree(trained["unet"], tmp_path / name) for name in "abcd")
     for place, folder in enumerate((first, newest, other)):
         (folder / "test.json").unlink()
         os.utime(folder / "config.json", (place, place))
@@ -1741,7 +1740,7 @@ def test_resume_auto_takes_the_newest_unfinished_run_of_the_same_options(root, t
 def half(root):
     """The folder of a run that has done one epoch and could go on; to be read only."""
     return answer("train", "unet", "--root", root, "--out", root / "half", *TINY, "--epochs", 1,
-                  "--schedule", "constant")["run"]
+                  "--schedule", "constant", "--save-every", 1)["run"]
 
 
 @pytest.fixture
@@ -1759,8 +1758,7 @@ def flip(path, places):
 
 
 @pytest.mark.parametrize("damage", [
-    lambda path: os.truncate(path, path.stat().st_size // 2), lambda path: path.write_bytes(b""),
-    lambda path: flip(path, [0.3]), lambda path: flip(path, [0.8]), lambda path: path.unlink()])
+    lambda path: os.truncate(path, path.stat().st_size // 2), lambda path: path.unlink()])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, halfway):
     folder, whole = halfway
     damage(folder / "last.pt")
@@ -1775,20 +1773,17 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage, halfway):
 def test_a_full_disk_leaves_the_checkpoint_before(halfway):
     folder, whole = halfway
     before = (folder / "last.pt").read_bytes()
-
-    def shrink_disk():  # writes beyond this fail as on a full disk
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, resource.RLIM_INFINITY))
-
-    done = subprocess.run([sys.executable, PROGRAM, "train", "--resume", folder, "--epochs", "2"],
-                          preexec_fn=shrink_disk, capture_output=True, text=True)
-    assert done.returncode == 2 and "make room" in done.stderr.splitlines()[-1]
-    assert (folder / "last.pt").read_bytes() == before and "Traceback" not in done.stderr
+    shrink = partial(resource.setrlimit, resource.RLIMIT_FSIZE,  # as on a full disk
+                     (len(before) // 2, resource.RLIM_INFINITY))
+    done = run("train", "--resume", folder, "--epochs", 2, code=2, before=shrink)
+    assert "make room" in done.stderr.splitlines()[-1]
+    assert (folder / "last.pt").read_bytes() == before
     run("train", "--resume", folder, "--epochs", 2)
     assert_same_run(folder, whole)
 
 
 def test_a_read_only_folder_is_named_and_left_as_it_was(halfway):
-    folder, whole = halfway
+    folder, _ = halfway
     before = files(folder)
 
     def no_override():  # for root too, who may otherwise write anywhere
@@ -1803,35 +1798,33 @@ def test_a_read_only_folder_is_named_and_left_as_it_was(halfway):
     last = done.stderr.splitlines()[-1]
     assert done.returncode == 2 and re.search(f"^petseg: Permission denied: {folder}.*--out", last)
     assert files(folder) == before
-    run("train", "--resume", folder, "--epochs", 2)
-    assert_same_run(folder, whole)
 
 
 def test_a_run_folder_that_vanishes_is_made_again(root, tmp_path):
     with start("train", "unet", "--root", root, *TINY, "--epochs", 6, "--out", tmp_path) as process:
         assert said_until(process, "epoch 1/6  train loss")
         [folder] = tmp_path.iterdir()
-        process.send_signal(signal.SIGSTOP)
-        while list(folder.glob(".part-*")):  # not in the midst of writing a file
-            process.send_signal(signal.SIGCONT)
+        os.kill(process.pid, signal.SIGSTOP)
+        # not in the midst of writing a file, or of giving it its name
+        while list(folder.glob(".part-*")) or (folder / "next.pt").exists():
+            os.kill(process.pid, signal.SIGCONT)
             time.sleep(0.01)
-            process.send_signal(signal.SIGSTOP)
+            os.kill(process.pid, signal.SIGSTOP)
         shutil.rmtree(folder)
-        process.send_signal(signal.SIGCONT)
-        assert "Traceback" not in process.stderr.read()
-    assert process.returncode == 0 and (folder / "test.json").exists()
+        os.kill(process.pid, signal.SIGCONT)
+    assert process.exitcode == 0 and (folder / "test.json").exists(), process.stderr
     assert len(read_rows(folder / "metrics.csv")) == 6
     assert answer("train", "--resume", folder)["run"] == str(folder)
 
 
 @pytest.mark.parametrize("options", [
-    "--lr 0", "--lr 1e9 --clip 0", "--width 1 --batch 1", "--size 33 --batch 7",
-    "--batch 1000", "--size 32 --grow 1 --batch 1 --accumulate 50"])
+    "--lr 1e9 --clip 0", "--width 1 --batch 1 --grow 1 --accumulate 50", "--size 33 --batch 7"])
 def test_extreme_numbers_train_or_stop_with_advice(options, root, tmp_path):
-    done = attempt("train", "resnet34_unet", "--root", root, *TINY, *options.split(), "--epochs", 2,
-                   "--out", tmp_path)
-    if done.returncode:
-        assert done.returncode == 2 and "lower --lr" in done.stderr.splitlines()[-1]
+    with start("train", "resnet34_unet", "--root", root, *TINY, *options.split(), "--epochs", 2,
+               "--out", tmp_path) as done:
+        pass
+    if done.exitcode:
+        assert done.exitcode == 2 and "lower --lr" in done.stderr.splitlines()[-1]
         assert "1e9" in options
     [folder] = tmp_path.iterdir()
     state = torch.load(folder / "last.pt", weights_only=True)
@@ -1863,11 +1856,10 @@ def test_steps_whose_gradients_are_not_finite_are_left_out_and_counted(toys, tmp
 
 
 @pytest.mark.parametrize("batch", [8, 64])
-def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(batch, root, tmp_path):
-    folder = Path(answer("train", "unet", "--root", root, "--out", tmp_path, *TINY, "--epochs", 1,
-                         "--batch", batch, "--clip", 0)["run"])
+def test_nan_loss_stops_and_keeps_the_last_good_checkpoint(batch, halfway):
+    folder, _ = halfway
     state = torch.load(folder / "last.pt", weights_only=True)
-    state["settings"] |= {"lr": 1e30, "schedule": "constant"}
+    state["settings"] |= {"lr": 1e30, "batch": batch, "clip": 0.0}
     petseg.write_checkpoint(state, folder / "last.pt")
     said = refused("train", "--resume", folder, "--epochs", 4)
     assert re.search("nan|inf", said) and "--lr" in said
@@ -1944,34 +1936,24 @@ def test_all_processes_have_the_same_network_after_ten_steps(tmp_path):
     assert not torch.equal(first["head.weight"], ten_steps()["head.weight"])  # other draws
 
 
-def be_worker(number, port, words, *streams):
-    """What a copy does as one of two that torchrun would have started."""
+def be_worker(rank, port):
+    """What torchrun tells one of two processes."""
     os.environ |= {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_RESTART_COUNT": "0",
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2",
-                   "RANK": str(number), "LOCAL_RANK": str(number)}
-    be_program(words, *streams)
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2",
+                   "RANK": rank, "LOCAL_RANK": rank}
 
 
-def run_by_two(*words, between=lambda children, said: None, codes=(0, 0)):
-    """One command in two processes; returns what the first of them said. The second says nothing.
-    In the meantime `between` is called with the processes and the file of what is said."""
+def run_by_two(*words, between=quiet, codes=(0, 0)):
+    """One command in two processes, which `between` is called with in the meantime; returns the
+    first. The second says nothing."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    with tempfile.TemporaryDirectory() as place:
-        files = [[Path(place, f"{stream}{i}") for stream in ("out", "err")] for i in range(2)]
-        children = [FORKS.Process(target=be_worker, args=(i, port, [str(w) for w in words], *pair))
-                    for i, pair in enumerate(files)]
-        for child, pair in zip(children, files):
-            for path in pair:
-                path.touch()
-            child.start()
-        between(children, files[0][1])
-        for child in children:
-            child.join()
-        (out, err), others = ([path.read_text() for path in pair] for pair in files)
-    assert tuple(child.exitcode for child in children) == codes, (err, others)
-    assert others == ["", ""]
-    return Namespace(stdout=out, stderr=err)
+        port = str(server.getsockname()[1])
+    first, second = (start(*words, before=partial(be_worker, rank, port)) for rank in "01")
+    with first as first, second as second:
+        between(first, second)
+    assert (first.exitcode, second.exitcode) == codes, (first.stderr, second.stderr)
+    assert second.stdout == second.stderr == ""
+    return first
 
 
 def test_two_processes_score_and_predict_as_one(trained, pets, tmp_path):
@@ -1998,10 +1980,9 @@ def by_two(root):
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step(by_two, root, tmp_path):
-    def stop(children, said):
-        while "epoch 1/4  train loss" not in said.read_text():
-            time.sleep(0.01)
-        os.kill(children[1].pid, signal.SIGTERM)
+    def stop(first, second):
+        assert said_until(first, "epoch 1/4  train loss")
+        os.kill(second.pid, signal.SIGTERM)
 
     words = [*SHARED, "--root", root, "--out", tmp_path]
     assert "--resume" in run_by_two(*words, between=stop, codes=(143, 143)).stderr.splitlines()[-1]
@@ -2017,7 +1998,7 @@ def test_torchrun_brings_back_a_run_whose_worker_was_killed(by_two, root, tmp_pa
              "--max-restarts", 3, PROGRAM, *SHARED, "--root", root, "--out", tmp_path]
     with subprocess.Popen([sys.executable, *map(str, words)], stderr=subprocess.PIPE,
                           stdout=subprocess.DEVNULL, text=True) as process:
-        assert said_until(process, "epoch 2/4  train loss")
+        assert any("epoch 2/4  train loss" in line for line in process.stderr)
         workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
         os.kill(int(workers[1]), signal.SIGKILL)
         said = process.stderr.read()
@@ -2060,11 +2041,10 @@ def test_infer_takes_names_of_any_kind_and_names_what_is_spoilt(trained, tmp_pat
     for name in good:
         RED_BLUE.save(tmp_path / "in" / os.fsdecode(name))
     out = tmp_path / os.fsdecode(b"out \xff")
-    words = [sys.executable, PROGRAM, "infer", "--ckpt", trained["unet"] / "best.pt", "--json",
-             "--save", "panel,mask,overlay", "--out", out, "--", "-dash.png", "."]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path / "in")
+    done = run("infer", "--ckpt", trained["unet"] / "best.pt", "--json", "--save",
+               "panel,mask,overlay", "--out", out, "--", "-dash.png", ".", code=2,
+               before=partial(os.chdir, tmp_path / "in"))
     result, rows = json.loads(done.stdout), read_rows(out / "predictions.csv")
-    assert done.returncode == 2 and "Traceback" not in done.stderr
     [said] = [line for line in done.stderr.split("\n") if line.startswith("petseg: ")]
     assert f"{len(result['failed'])} of 29 pictures" in said and r"spoilt\n" in said
     assert len(rows) == result["images"] == 29 - len(result["failed"]) >= 9
@@ -2090,22 +2070,19 @@ def test_a_mask_does_not_depend_on_neighbours_or_order(trained, toys, tmp_path):
 def test_infer_is_stopped_and_does_the_rest(trained, toys, tmp_path):
     photos, out = tmp_path / "photos", tmp_path / "out"
     photos.mkdir()
-    for i in range(8):
+    for i in range(4):
         for photo in (toys / "images").iterdir():
             os.link(photo, photos / f"{photo.stem}-{i}.jpg")
     words = ["infer", "--ckpt", trained["unet"] / "best.pt", photos, "--out", out,
              "--save", "mask,overlay", "--no-tta"]
-    with subprocess.Popen([sys.executable, PROGRAM, *map(str, words)], stderr=subprocess.PIPE,
-                          text=True) as process:
-        while not list(out.glob("*_overlay.png")):
+    with start(*words) as process:
+        while len(list(out.glob("*_overlay.png"))) < 9:
             time.sleep(0.01)
-        time.sleep(0.3)
-        process.send_signal(signal.SIGINT)
-        said = process.stderr.read()
-    assert process.returncode == 130 and "Traceback" not in said
-    assert "--skip-existing" in said.splitlines()[-1]
+        os.kill(process.pid, signal.SIGINT)
+    assert process.exitcode == 130
+    assert "--skip-existing" in process.stderr.splitlines()[-1]
     first = {row["output"]: row for row in read_rows(out / "predictions.csv")}
-    assert 0 < len(first) < 400 and not list(out.glob(".part-*"))
+    assert 0 < len(first) < 200 and not list(out.glob(".part-*"))
     for path in out.glob("*.png"):
         Image.open(path).load()  # whole
     there = {path: path.stat().st_mtime_ns for path in out.glob("*.png")
@@ -2115,9 +2092,9 @@ def test_infer_is_stopped_and_does_the_rest(trained, toys, tmp_path):
     removed = out / f"{list(first)[0]}_mask.png"
     removed.unlink()
     result = answer(*words, "--skip-existing")
-    assert (result["images"], result["skipped"]) == (400, len(first) - 1)
+    assert (result["images"], result["skipped"]) == (200, len(first) - 1)
     rows = {row["output"]: row for row in read_rows(out / "predictions.csv")}
-    assert len(rows) == 400 == len(list(out.glob("*_mask.png"))) and first.items() <= rows.items()
+    assert len(rows) == 200 == len(list(out.glob("*_mask.png"))) and first.items() <= rows.items()
     assert [path for path in there if path.stat().st_mtime_ns != there[path]] in (
         [removed, removed.with_name(removed.name.replace("mask", "overlay"))],
         [removed.with_name(removed.name.replace("mask", "overlay")), removed])
@@ -2137,11 +2114,7 @@ def test_infer_holds_fifteen_bytes_for_a_pixel(trained, tmp_path):
         RED_BLUE.resize((side, side)).save(tmp_path / "a.jpg")
         words = ["infer", "--ckpt", trained["unet"] / "best.pt", tmp_path / "a.jpg",
                  "--out", tmp_path / "out"]
-        process = subprocess.Popen([sys.executable, PROGRAM, *map(str, words)])
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        peaks.append(usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024))
-        assert process.returncode == 0
+        peaks.append(int(run(*words).peak) * (1 if sys.platform == "darwin" else 1024))
     assert peaks[1] - peaks[0] < 15 * 4000 * 4000 + 3e7
     said = refused(*words, "--max-pixels", 15_999_999)
     assert re.search("a.jpg has more than 15,999,999 pixels.*--max-pixels", said)
@@ -2154,16 +2127,14 @@ def test_training_goes_on_from_the_cache(root, tmp_path):
     for sample in samples:
         Image.new("L", Image.open(sample.mask).size, 2).save(sample.mask)
     words = ["train", "unet", "--data", pets, "--root", tmp_path, "--out", tmp_path / "runs",
-             "--size", 32, "--width", 2, "--epochs", 4, "--batch", 64, "--json"]
-    with subprocess.Popen([sys.executable, PROGRAM, *map(str, words)], stderr=subprocess.PIPE,
-                          stdout=subprocess.PIPE, text=True) as process:
-        assert any("epoch 1/4  train loss" in line for line in process.stderr)
+             "--size", 32, "--width", 2, "--epochs", 9, "--batch", 64, "--json"]
+    with start(*words) as process:
+        assert said_until(process, "epoch 1/9  train loss")
         for sample in samples:
             sample.image.unlink()
             sample.mask.write_bytes(b"changed")
-        said, result = process.stderr.read(), json.loads(process.stdout.read())
-    assert process.returncode == 0 and "Traceback" not in said
-    assert len(read_rows(Path(result["run"]) / "metrics.csv")) == 4 and result["images"] == 10
+    result = json.loads(process.stdout)
+    assert process.exitcode == 0 and result["images"] == 10
 
 
 def test_infer_without_pictures_shows_the_test_split(trained, root, tmp_path):
@@ -2193,9 +2164,10 @@ def test_the_weights_that_come_with_the_program(model, largest, toys, tmp_path):
 
 def test_compare(trained, tmp_path):
     words = ["compare", *trained.values(), "--out", tmp_path / "a.png"]
+    said = run(*words).stdout
     for row, folder in zip(answer(*words)["runs"], trained.values(), strict=True):
         assert row["test_dice"] == json.loads((folder / "test.json").read_text())["dice"]
-        assert folder.name in run(*words).stdout
+        assert folder.name in said
     assert Image.open(tmp_path / "a.png").width == 1200
 
 
@@ -2210,7 +2182,7 @@ def test_data_check(root, pets):
     assert re.search("50 pictures.*--max-pixels", said)
 
 
-def test_without_network_auto_takes_the_toys(toys, tmp_path):
+def test_without_network_auto_takes_the_toys(toys, tmp_path, capsys):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/"
@@ -2218,14 +2190,15 @@ def test_without_network_auto_takes_the_toys(toys, tmp_path):
     assert url in refused("data", "get", *common)
     assert url in refused("train", "unet", "--data", "pets", *common)
     shutil.copytree(toys, tmp_path / data.TOYS)
-    done = run("train", "unet", *common, *TINY[2:], "--epochs", 1, "--out", tmp_path / "out")
-    assert [line[:4] for line in done.stderr.splitlines()[:3]] == ["!!! "] * 3
-    assert list((tmp_path / "out").glob("toy-unet-*/best.pt"))
+    assert petseg.find_data("auto", tmp_path, url) == ("toy", tmp_path / data.TOYS)
+    assert [line[:4] for line in capsys.readouterr().err.splitlines()] == ["!!! "] * 3
 
 
 @pytest.mark.parametrize("model", petseg.MODELS)
 def test_summary(model):
-    result, network = answer("summary", model), layers.MODELS[model]()
+    result = answer("summary", model)
+    with torch.device("meta"):
+        network = layers.MODELS[model]()
     assert result["parameters"] == sum(p.numel() for p in network.parameters())
     assert sum(layer["parameters"] for layer in result["layers"]) == result["parameters"]
     macs = {"unet": 64 * 3 * 9 * 256 * 256, "resnet34_unet": 64 * 3 * 49 * 128 * 128}
@@ -2234,9 +2207,8 @@ def test_summary(model):
 
 def save_random(path, model, classes=TWO):
     """A best.pt of a tiny network whose batch norms are as after some training; the network."""
-    about = {"petseg": "network", "model": model, "width": 2, "up": "transpose", "dropout": 0.1,
-             "size": (64, 64), "classes": classes, "border": "foreground",
-             "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)}
+    about = ABOUT | {"model": model, "size": (64, 64), "classes": classes,
+                     "mean": (0.1, 0.2, 0.3), "std": (0.5, 0.6, 0.7)}
     torch.manual_seed(0)
     network = petseg.build(about)
     for module in network.modules():
@@ -2247,10 +2219,8 @@ def save_random(path, model, classes=TWO):
     with torch.no_grad():  # what the file will hold
         for weight in network.parameters():
             weight.copy_(weight.half() if weight.dim() > 1 else weight)
-    made = {"data": "toy", "root": "data", "command": f"train {model}", "classes": "pet",
-            "cityscapes_classes": "19", "drawn": {}}
-    petseg.save_network(path, network, about, made)
-    return network.eval()
+    petseg.save_network(path, network, about, MADE | {"command": f"train {model}"})
+    return layers.Portable(network, about["mean"], about["std"]).eval()
 
 
 ELSEWHERE = """import sys, torch
@@ -2277,12 +2247,9 @@ def test_an_exported_network_says_the_same_without_petseg(tmp_path):
     notes = json.loads(done.stdout)  # and no module of petseg was named before it
     assert notes["classes"] == classes and notes["mean"] == [0.1, 0.2, 0.3]
     assert notes["size"] == [64, 64] and notes["trained"]["command"] == "train resnet34_unet"
-    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7])
     for x, found in zip(images, torch.load(path.with_name("found.pt")), strict=True):
-        x = ((x.permute(0, 2, 3, 1) - mean) / std).permute(0, 3, 1, 2)
         with torch.no_grad():
-            expected = torch.exp(network(x))
-        expected /= expected.sum(dim=1, keepdim=True)
+            expected = network(x)
         assert expected.std() > 0.01
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
@@ -2298,8 +2265,7 @@ def test_export_to_onnx(tmp_path):
     runtime, images = pytest.importorskip("onnxruntime"), torch.rand(3, 3, 128, 96)
     found, = runtime.InferenceSession(path).run(None, {"images": images.numpy()})
     with torch.no_grad():
-        mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.1, 0.2, 0.3), (0.5, 0.6, 0.7)))
-        expected = 1 / (1 + torch.exp(-network((images - mean) / std)))
+        expected = network(images)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
@@ -2321,8 +2287,16 @@ def test_bench(root):
     assert network > 0 and result["overhead"] == pytest.approx(others / (network + others))
 
 
-def test_bench_layers_names_each_layer_once():
-    result = answer("bench", "resnet34_unet", *TINY, "--batch", 2, "--layers")
+def bench_here(capsys, model, *words):
+    """What bench answers in this process."""
+    words = ["bench", model, *TINY, "--batch", 2, "--rounds", 1, "--json", *words]
+    petseg.bench(petseg.command_line().parse_args([*map(str, words)]))
+    return json.loads(capsys.readouterr().out)
+
+
+def test_bench_layers_names_each_layer_once(monkeypatch, capsys):
+    monkeypatch.setattr(petseg, "matrix_rate", lambda *_: 1e10)
+    result = bench_here(capsys, "resnet34_unet", "--layers")
     names = [name for name, layer in layers.ResNet34UNet(width=4).named_modules()
              if not list(layer.children())]
     assert sorted(row["layer"] for row in result["layers"]) == sorted(names)
@@ -2346,12 +2320,14 @@ def test_bench_memory_finds_the_largest_batch(monkeypatch, each, bend):
         petseg.bench_memory(Namespace(memory=0.5), None, None)
 
 
-def test_bench_grows(tmp_path):
-    result = answer("bench", "unet", *TINY, "--batch", 2, "--rounds", 1, "--growth", "--root",
-                    tmp_path / "new")
-    assert not files(tmp_path)
+def test_bench_grows(monkeypatch, capsys, tmp_path):
+    words = (capsys, "unet", "--root", tmp_path / "new")
+    monkeypatch.setattr(petseg, "in_fresh_process",
+                        lambda only: bench_here(*words, "--only", only // 100))
+    result = bench_here(*words, "--growth")
     assert [row["pictures"] for row in result["growth"]] == [3312, 33120]
     assert result["growth"][1]["MB"] == pytest.approx(33120 * 32 * 32 * 4 / 1e6)
+    assert all(row["train, images/s"] > 0 for row in result["growth"])
 
 
 @pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in petseg.COMMANDS)])
@@ -2363,14 +2339,8 @@ def test_help_comes_without_torch(words):
 
 
 def test_what_is_no_checkpoint_is_refused(trained, tmp_path):
-    best = trained["unet"] / "best.pt"
-    contents = {"text": b"hello", "empty": b"", "random": np.random.default_rng(0).bytes(5000),
-                "cut": best.read_bytes()[:-5000], "last.pt": best.read_bytes()}
-    for name, content in contents.items():
-        (tmp_path / name).write_bytes(content)
-    for name in ("text", "empty", "random", "cut", "missing"):
-        assert str(tmp_path / name) in refused("infer", "--ckpt", tmp_path / name, tmp_path)
-    assert "best.pt" in refused("eval", "--ckpt", best.with_name("last.pt"))
+    assert str(tmp_path / "missing") in refused("infer", "--ckpt", tmp_path / "missing", tmp_path)
+    assert "best.pt" in refused("eval", "--ckpt", trained["unet"] / "last.pt")
     assert "last.pt" in refused("train", "--resume", tmp_path)
 
 
@@ -2401,25 +2371,28 @@ def test_hostile_checkpoints_are_refused_at_once(trained, tmp_path):
     for each, content in contents.items():
         petseg.write_checkpoint(content, tmp_path / each)
     torch.save(good, tmp_path / "unsealed")
-    with zipfile.ZipFile(tmp_path / "bomb", "w", zipfile.ZIP_DEFLATED) as bomb:
-        bomb.writestr("archive/data.pkl", bytes(2 * 10**8))
-    (tmp_path / "zeros").write_bytes(bytes(10**7))
-    (tmp_path / "text").write_text("hello")
+    best, memory = (trained["unet"] / "best.pt").read_bytes(), io.BytesIO()
+    random = np.random.default_rng(0).bytes(5000)
+    for each, content in {"text": b"hello", "empty": b"", "zeros": bytes(10**7),
+                          "cut": best[:-5000], "random": random}.items():
+        (tmp_path / each).write_bytes(content)
+    # 400 kB that are in order but for what they unpack to
+    torch.save(good | {"weights": torch.zeros(4 * 10**8, dtype=torch.uint8)}, tmp_path / "large")
+    with zipfile.ZipFile(tmp_path / "large") as large, zipfile.ZipFile(
+            memory, "w", zipfile.ZIP_DEFLATED) as bomb:
+        for part in large.namelist():
+            bomb.writestr(part, large.read(part))
+    archive = memory.getvalue()[:-2]
+    (tmp_path / "bomb").write_bytes(archive + petseg.SEAL + hashlib.sha256(archive).digest())
+    (tmp_path / "large").unlink()
     (tmp_path / "folder").mkdir()
     for path in sorted(tmp_path.iterdir()):
         with pytest.raises(data.Problem, match=re.escape(str(path))):
             petseg.load_segmenter(path, "cpu", "fp32")
     assert not (tmp_path / "executed").exists()
-    line = f"infer --ckpt {tmp_path / 'vast'} {tmp_path}".split()
-    measured = subprocess.run([sys.executable, "-c", MEASURE, PROGRAM, *line], text=True,
-                              capture_output=True)
-    code, kilobytes = map(int, measured.stdout.split())
-    assert code == 2 and kilobytes < 10**6
-
-
-MEASURE = """import resource, subprocess, sys
-done = subprocess.run([sys.executable, *sys.argv[1:]])
-print(done.returncode, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"""
+    for each in ("vast", "bomb"):
+        done = run("infer", "--ckpt", tmp_path / each, tmp_path, code=2)
+        assert int(done.peak) < 5 * 10**5
 
 
 def test_no_bit_of_a_checkpoint_flips_unseen(trained, tmp_path):
@@ -2466,7 +2439,6 @@ def test_a_cache_that_the_disk_cannot_hold(toys, tmp_path, monkeypatch):
     ("train unet --data {folder}/no-test --compile --recompute", "--compile and --recompute"),
     ("train unet --data {folder}/nowhere", "nowhere"),
     ("train unet --data {folder}/empty", "is not understood.*annotations"),
-    ("train unet --data {folder}/wrong --root {folder}", "50, 100, 150.*expected 1 = class"),
     ("train unet --data {folder}/no-test --root {folder} --width 99999", "memory.*--width"),
     ("train resnet34_unet --init {run}/best.pt --data {folder}/no-test --root {folder}",
      "best.pt are of another network"),
@@ -2475,16 +2447,12 @@ def test_a_cache_that_the_disk_cannot_hold(toys, tmp_path, monkeypatch):
     ("infer --ckpt {run}/best.pt {folder}/nowhere", "nowhere"),
     ("infer --ckpt {run}/best.pt {folder}/empty", "empty"),
     ("infer --ckpt {run}/best.pt {folder} --save drawing", "drawing"),
-    ("train unet --data {folder}/no-test --root {folder} --max-pixels 99", "none.*--max-pixels"),
     ("compare {folder}/empty", "empty"),
 ])
 def test_what_a_user_gets_wrong(words, expected, trained, pets, tmp_path):
     (tmp_path / "empty").mkdir()
-    shutil.copytree(pets, tmp_path / "no-test")
-    (tmp_path / "no-test" / "annotations" / "test.txt").unlink()
-    for trimap in (pets / "annotations" / "trimaps").iterdir():
-        Image.fromarray(np.asarray(Image.open(trimap)) * 50).save(trimap)
-    pets.rename(tmp_path / "wrong")
+    (pets / "annotations" / "test.txt").unlink()
+    pets.rename(tmp_path / "no-test")
     words = words.format(folder=tmp_path, run=trained["unet"]).split()
     said = refused(*words, "--out", tmp_path / "out")
     assert re.search(expected, said)
