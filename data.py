@@ -309,57 +309,6 @@ class Source(NamedTuple):
     notes: list    # what was left out or might be meant otherwise, a line each
 
 
-def look(folder, cache, report, classes="pet", cityscapes="19", drawn=None):
-    """Understands a folder by what lies in it. `classes` is for the pets, "pet" or "species";
-    `cityscapes` 19 or 30 classes; `drawn` what another Source of this folder said."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise Problem(f"there is no folder {folder}; name one with --data")
-    if (folder / "annotations").is_dir():
-        return look_at_pets(folder, classes)
-    if (folder / "leftImg8bit").is_dir():
-        return look_at_cityscapes(folder, cityscapes)
-    parts = {"train": ["train"], "valid": ["val", "valid"], "test": ["test"]}
-    parts = {split: folder / name for split, names in parts.items() for name in names
-             if (folder / name / "images").is_dir()}
-    if "train" in parts and "valid" not in parts:
-        raise Problem(f"{folder} has a train/, but no val/ to choose the best epoch by; make one, "
-                      "or put all into images/ and masks/ without train/")
-    if "train" not in parts and not (folder / "images").is_dir():
-        raise Problem(f"{folder} is not understood; expected images/ and masks/, or train/ and val/"
-                      " with images/ and masks/ in each, or the pets' images/ and annotations/, or "
-                      "Cityscapes' leftImg8bit/ and gtFine/")
-    notes = []
-    if "train" in parts:
-        layout = ", ".join(f"{path.name}/" for path in parts.values()) + " with images/ and masks/"
-        found = {split: match(path / "images", path / "masks", notes)
-                 for split, path in parts.items()}
-        drawn = {}
-    else:
-        layout, pairs = "images/ and masks/", match(folder / "images", folder / "masks", notes)
-        drawn = drawn or draw_lots([name for name, *_ in pairs], folder)
-        of = {name: split for split, names in drawn.items() for name in names}
-        found = {split: [pair for pair in pairs if of.get(pair[0], "train") == split]
-                 for split in ("train", "valid", "test")}
-        found = {split: pairs for split, pairs in found.items() if pairs}  # files may have gone
-    masks = [mask for pairs in found.values() for *_, mask in pairs]
-    listed = folder / "classes.txt"
-    lines = listed.read_text("utf-8-sig", "replace").splitlines() if listed.is_file() else []
-    codes, classes = meaning(folder, numbers_in(masks, cache, report),
-                             [line for line in lines if line.strip()], notes)
-    return Source(folder, layout, classes, {
-        split: [Sample(*pair, codes) for pair in pairs] for split, pairs in found.items()},
-        drawn, notes)
-
-
-def samples(source, split):
-    """The samples of a split, where there is such a split."""
-    if split not in source.splits:
-        raise Problem(f"{source.folder} has no {split} split"
-                      + "; eval can take --split valid" * (split == "test"))
-    return source.splits[split]
-
-
 def look_at_pets(folder, classes):
     """The layout of the Oxford-IIIT Pets. Every tenth line of trainval.txt, the first included, is
     valid, the others are train: nothing is shuffled, so the split is that of everyone who does the
@@ -421,14 +370,38 @@ def look_at_cityscapes(folder, number):
     return Source(folder, "Cityscapes", [CITYSCAPES[each - 4] for each in ids], splits, {}, notes)
 
 
+def find_pictures(paths):
+    """All pictures among files and folders, sorted within each; a folder's are those whose name
+    ends like that of one of FORMATS, a file named is taken as it is. Links to folders are not
+    followed, so no loop of them is."""
+    kinds = Image.registered_extensions()
+    endings, found = {ending for ending, kind in kinds.items() if kind in FORMATS}, []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*")
+                            if p.suffix.lower() in endings and p.is_file() and p.name[0] != ".")
+            if not inside:
+                raise Problem(f"there are no pictures in the folder {path}")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise Problem(f"there is no file or folder {path}")
+    return found
+
+
 def match(photos, masks, notes, photo_end="", mask_ends=("", "_mask", "_label", "_gt")):
     """(name, photo, mask) for all photos that have a mask of the same name, ending aside; adds to
     `notes` what is left out."""
     def by_name(folder):
         if not folder.is_dir():
             raise Problem(f"there is no folder {folder}; photos and masks lie beside each other")
-        return {path.relative_to(folder).with_suffix("").as_posix(): path
-                for path in find_pictures([folder])}
+        found = {}
+        for path in find_pictures([folder]):
+            name = path.relative_to(folder).with_suffix("").as_posix()
+            if found.setdefault(name, path) != path:
+                notes.append(f"{path} is left out, as it has the name of {found[name]}")
+        return found
 
     pairs, of, lonely = [], by_name(masks), []
     for name, photo in by_name(photos).items():
@@ -525,24 +498,55 @@ def meaning(folder, numbers, listed, notes):
     return void | {key: label for label, key in enumerate(keys)}, names
 
 
-def find_pictures(paths):
-    """All pictures among files and folders, sorted within each; a folder's are those whose name
-    ends like that of one of FORMATS, a file named is taken as it is. Links to folders are not
-    followed, so no loop of them is."""
-    kinds = Image.registered_extensions()
-    endings, found = {ending for ending, kind in kinds.items() if kind in FORMATS}, []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*")
-                            if p.suffix.lower() in endings and p.is_file() and p.name[0] != ".")
-            if not inside:
-                raise Problem(f"there are no pictures in the folder {path}")
-            found += inside
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise Problem(f"there is no file or folder {path}")
-    return found
+def look(folder, cache, report, classes="pet", cityscapes="19", drawn=None):
+    """Understands a folder by what lies in it. `classes` is for the pets, "pet" or "species";
+    `cityscapes` 19 or 30 classes; `drawn` what another Source of this folder said."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise Problem(f"there is no folder {folder}; name one with --data")
+    if (folder / "annotations").is_dir():
+        return look_at_pets(folder, classes)
+    if (folder / "leftImg8bit").is_dir():
+        return look_at_cityscapes(folder, cityscapes)
+    parts = {"train": ["train"], "valid": ["val", "valid"], "test": ["test"]}
+    parts = {split: folder / name for split, names in parts.items() for name in names
+             if (folder / name / "images").is_dir()}
+    if "train" in parts and "valid" not in parts:
+        raise Problem(f"{folder} has a train/, but no val/ to choose the best epoch by; make one, "
+                      "or put all into images/ and masks/ without train/")
+    if "train" not in parts and not (folder / "images").is_dir():
+        raise Problem(f"{folder} is not understood; expected images/ and masks/, or train/ and val/"
+                      " with images/ and masks/ in each, or the pets' images/ and annotations/, or "
+                      "Cityscapes' leftImg8bit/ and gtFine/")
+    notes = []
+    if "train" in parts:
+        layout = ", ".join(f"{path.name}/" for path in parts.values()) + " with images/ and masks/"
+        found = {split: match(path / "images", path / "masks", notes)
+                 for split, path in parts.items()}
+        drawn = {}
+    else:
+        layout, pairs = "images/ and masks/", match(folder / "images", folder / "masks", notes)
+        drawn = drawn or draw_lots([name for name, *_ in pairs], folder)
+        of = {name: split for split, names in drawn.items() for name in names}
+        found = {split: [pair for pair in pairs if of.get(pair[0], "train") == split]
+                 for split in ("train", "valid", "test")}
+        found = {split: pairs for split, pairs in found.items() if pairs}  # files may have gone
+    masks = [mask for pairs in found.values() for *_, mask in pairs]
+    listed = folder / "classes.txt"
+    lines = listed.read_text("utf-8-sig", "replace").splitlines() if listed.is_file() else []
+    codes, classes = meaning(folder, numbers_in(masks, cache, report),
+                             [line for line in lines if line.strip()], notes)
+    return Source(folder, layout, classes, {
+        split: [Sample(*pair, codes) for pair in pairs] for split, pairs in found.items()},
+        drawn, notes)
+
+
+def samples(source, split):
+    """The samples of a split, where there is such a split."""
+    if split not in source.splits:
+        raise Problem(f"{source.folder} has no {split} split"
+                      + "; eval can take --split valid" * (split == "test"))
+    return source.splits[split]
 
 
 def unique_names(paths):
@@ -652,8 +656,8 @@ def fetch(url, path, md5, report, pauses, patience):
 
 
 def append(url, part, have, report, patience):
-    """One request: appends to `part`, `have` bytes long, what it lacks. A break is an OSError, and
-    so are `patience` seconds that bring next to nothing."""
+    """One request: appends to `part`, `have` bytes long, what it lacks. A break is one of
+    NETWORK, and so are `patience` seconds that bring next to nothing."""
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
         response = BROWSER.open(request, timeout=min(30, patience))
@@ -1060,7 +1064,7 @@ def targets(labels, border="foreground", random=None, classes=2):
 
 # the colours of classes 1, 2, …: those of Okabe and Ito, which colour-blind eyes tell apart, then
 # the same lighter and darker; 0, the background, is black, and left as it is in overlays
-HUES = np.array([(230, 97, 1), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178),
+HUES = np.array([(213, 94, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178),
                  (204, 121, 167), (230, 159, 0), (150, 150, 150)])
 COLOURS_OF_CLASSES = [(0, 0, 0), *map(tuple, np.concatenate(
     [HUES, 255 - (255 - HUES) * 0.45, HUES * 0.55] * 5)[:100].astype(int).tolist())]

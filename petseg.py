@@ -113,9 +113,9 @@ OPTIONS = {
                "what the trimap's border is while training; class: one of its own"),
     "classes": ("pet", ("pet", "species"), "of the pets: pet, or cat and dog"),
     "cityscapes_classes": ("19", ("19", "30"), "the benchmark's, or all"),
-    "class_weights": ("auto", ("auto", "none", "inverse", "sqrt"), "in the cross-entropy: the same, "
-                      "or by one over a class's share of the pixels, or the root of that; auto: "
-                      "sqrt where there are more than two"),
+    "class_weights": ("auto", ("auto", "none", "inverse", "sqrt"), "in the cross-entropy: none, or "
+                      "one over a class's share of the pixels, or the root of that; auto: sqrt "
+                      "where there are more than two classes"),
     "compile": (False, bool, "use torch.compile"),
     "recompute": (False, bool, "keep less for the backward pass: less memory, a quarter more time"),
     "precision": ("auto", ("auto", "bf16", "fp32"), "auto: bfloat16 where the hardware has it"),

@@ -809,6 +809,7 @@ def test_thirty_classes_of_cityscapes(tmp_path):
 
 @pytest.mark.parametrize("harm, expected", [
     ("swap", "numbers or colours.*swapped"), ("lonely", "left out.*odd"),
+    ("twin", "street 0.png is left out.* name of .*street 0.jpg"),
     ("none", "no picture in .*images has a mask in .*_mask"), ("few", "2 labelled.*at least 3"),
     ("no val", "no val/"), ("blank", "all masks .* hold 0"), ("no masks", "no folder .*masks")])
 def test_what_trips_people_over(harm, expected, tmp_path):
@@ -823,6 +824,8 @@ def test_what_trips_people_over(harm, expected, tmp_path):
         (tmp_path / "x").rename(masks)
     elif harm == "lonely":
         noise.save(images / "odd.jpg")
+    elif harm == "twin":
+        noise.save(images / "street 0.png")
     elif harm == "none":
         for path in masks.iterdir():
             path.rename(path.with_stem(path.stem + "x"))
@@ -833,7 +836,7 @@ def test_what_trips_people_over(harm, expected, tmp_path):
             Image.new("L", (40, 32)).save(path)
     elif harm == "no masks":
         shutil.rmtree(masks)
-    if harm == "lonely":
+    if harm in ("lonely", "twin"):
         [note] = look(tmp_path, tmp_path / "cache").notes
         assert re.search(expected, note)
     else:
