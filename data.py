@@ -15,6 +15,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import struct
 import tarfile
@@ -216,6 +217,9 @@ def bands(size, pixels=1 << 20):
 def mask_numbers(path):
     """A mask as one whole number a pixel: the one that stands there, or its colour."""
     with opened(path) as image:
+        if image.format == "JPEG":
+            raise Problem(f"the mask {path} is a JPEG, which blurs the numbers of masks: are images "
+                          "and masks swapped? Masks are kept as PNG")
         if image.mode in ("RGB", "RGBA"):
             numbers = np.empty(image.size[::-1], np.int32)
             for rows in bands(numbers.shape):
@@ -225,7 +229,7 @@ def mask_numbers(path):
         if image.mode not in ("1", "L", "P", "LA", "PA", "I", "I;16"):
             raise Problem(f"the mask {path} is of the kind {image.mode}; expected a number or a "
                           "colour a pixel")
-        numbers = np.asarray(image.getchannel(0))
+        numbers = np.asarray(image.getchannel(0) if len(image.getbands()) > 1 else image)
         return numbers.view(np.uint8) if numbers.dtype == bool else numbers
 
 
@@ -454,6 +458,10 @@ def numbers_in(masks, cache, report):
     return json.loads(place.read_text())
 
 
+# a line of classes.txt: a name and, where masks hold colours, its colour
+LINE = re.compile(r"(?P<name>.+?)([\s,]+(?P<red>\d+)[\s,]+(?P<green>\d+)[\s,]+(?P<blue>\d+))?")
+
+
 def meaning(folder, numbers, listed, notes):
     """What the numbers found in masks stand for: {number: label}, and the names of the classes.
     `listed` are the lines of classes.txt, a name each, or a name and a colour as in car 64 0 128;
@@ -467,18 +475,21 @@ def meaning(folder, numbers, listed, notes):
     if len(numbers) > 100 and not listed:
         raise Problem(f"the masks of {folder} hold {len(numbers):,} numbers or colours: so do "
                       "photos, and masks kept as JPEG; are images and masks swapped?")
-    words, void = [line.split() for line in listed], {255: VOID}
-    if coloured and words and all(len(line) > 3 and "".join(line[-3:]).isdecimal()
-                                  for line in words):
-        keys = [COLOUR + int(np.array(line[-3:], int) @ (1 << 16, 1 << 8, 1)) for line in words]
-        names = [" ".join(line[:-3]) for line in words]
-    elif coloured:
-        keys, names = numbers, listed or [shown([number]) for number in numbers]
-        if len(names) != len(keys):
-            raise Problem(f"{folder / 'classes.txt'} names {len(names)} classes, the masks hold "
-                          f"{len(keys)} colours: {shown(keys)}; say which is which, as in: "
+    void, named = {255: VOID}, [LINE.fullmatch(line.strip()) for line in listed]
+    listed = [line["name"] for line in named]
+    if len(set(listed)) < len(listed):
+        raise Problem(f"{folder / 'classes.txt'} has a name twice; each class has one of its own")
+    if coloured and listed:
+        if lacking := [line["name"] for line in named if not line["red"]]:
+            raise Problem(f"the masks of {folder} hold colours, and classes.txt has none for "
+                          f"{', '.join(lacking[:5])}; a line is a name and its colour, as in: "
                           "car 64 0 128")
-    elif set(numbers) <= {0, 255} and (not listed or listed[-1] != "void"):
+        keys = [COLOUR + int(np.array(line.group("red", "green", "blue"), int)
+                             @ (1 << 16, 1 << 8, 1)) for line in named]
+        names = listed
+    elif coloured:
+        keys, names = numbers, [shown([number]) for number in numbers]
+    elif set(numbers) <= {0, 255} and (not listed or listed[-1].lower() != "void"):
         keys, names, void = [0, 255], listed or ["background", "foreground"], {}
         notes.append("masks hold 0 and 255 alone: 255 is taken as class 1")
     elif listed:
@@ -486,7 +497,7 @@ def meaning(folder, numbers, listed, notes):
     else:
         keys = [number for number in numbers if number != 255]
         names = ["background", "foreground"] if keys == [0, 1] else [f"class {n}" for n in keys]
-    if names[-1] == "void":
+    if names[-1].lower() == "void":
         void, keys, names = void | {keys[len(names) - 1]: VOID}, keys[:len(names) - 1], names[:-1]
     if unknown := set(numbers) - set(keys) - set(void):
         raise Problem(f"masks of {folder} hold {shown(sorted(unknown))}, which its classes.txt "
@@ -506,6 +517,9 @@ def look(folder, cache, report, classes="pet", cityscapes="19", drawn=None):
         raise Problem(f"there is no folder {folder}; name one with --data")
     if (folder / "annotations").is_dir():
         return look_at_pets(folder, classes)
+    if classes != "pet":
+        raise Problem(f"--classes {classes} is for the pets' layout, which {folder} has not; its "
+                      "classes are those of its masks")
     if (folder / "leftImg8bit").is_dir():
         return look_at_cityscapes(folder, cityscapes)
     parts = {"train": ["train"], "valid": ["val", "valid"], "test": ["test"]}
@@ -533,7 +547,9 @@ def look(folder, cache, report, classes="pet", cityscapes="19", drawn=None):
         found = {split: pairs for split, pairs in found.items() if pairs}  # files may have gone
     masks = [mask for pairs in found.values() for *_, mask in pairs]
     listed = folder / "classes.txt"
-    lines = listed.read_text("utf-8-sig", "replace").splitlines() if listed.is_file() else []
+    text = listed.read_bytes() if listed.is_file() else b""
+    utf16 = text.startswith((b"\xff\xfe", b"\xfe\xff"))  # as Windows may write it
+    lines = text.decode("utf-16" if utf16 else "utf-8-sig", "replace").splitlines()
     codes, classes = meaning(folder, numbers_in(masks, cache, report),
                              [line for line in lines if line.strip()], notes)
     return Source(folder, layout, classes, {
@@ -571,12 +587,19 @@ def find_truth(image):
 
 
 def check(source, progress):
-    """Reads every picture of every split; returns {split: (number, [what is wrong, ...])}.
+    """Reads every picture of every split; returns {split: (number, [what is wrong, ...], how many
+    pixels of 32×32 a picture have each label, the border counted as what it is the border of)}.
     `progress(what)` gives the function that is told of each step, here and in `get_pets`."""
     result = {}
     for split, samples in source.splits.items():
         pairs = ahead(lambda each: read_pair(each, (32, 32)), samples, progress(f"check {split}"))
-        result[split] = len(samples), [str(pair) for pair in pairs if isinstance(pair, Problem)]
+        faults, counts = [], np.zeros(256, np.int64)
+        for pair in pairs:
+            if isinstance(pair, Problem):
+                faults.append(str(pair))
+            else:
+                counts += np.bincount(targets(torch.tensor(pair[1])).flatten(), minlength=256)
+        result[split] = len(samples), faults, counts
     return result
 
 
@@ -1177,6 +1200,11 @@ RESULTS = {  # what `infer` can write, each from photo, mask, true mask or None,
     "cutout": lambda photo, mask, truth, classes: cutout(photo, mask),
     "panel": lambda photo, mask, truth, classes: panel(photo, truth, mask, "photo", classes),
 }
+
+
+def is_result(path, out):
+    """Whether a picture is one that `infer` has written to the folder `out`."""
+    return out.resolve() in path.resolve().parents and path.stem.rpartition("_")[2] in RESULTS
 
 
 def gallery(panels):

@@ -67,11 +67,10 @@ def changes(text):
 
 def size(text):
     """--size as (height, width): S, or HxW."""
-    words = text.lower().split("x")
-    if len(words) > 2:
-        raise argparse.ArgumentTypeError(f"expected a side as in 128, or height and width as in "
-                                         f"256x512, not {text!r}")
-    sides = [number(int, 32, 2**15)(word) for word in words]
+    sides = [int(word) if word.isdecimal() else 0 for word in text.lower().split("x")]
+    if len(sides) > 2 or not all(32 <= side <= 2**15 for side in sides):
+        raise argparse.ArgumentTypeError(f"expected a side from 32 to {2**15} as in 128, or height "
+                                         f"and width as in 256x512, not {text!r}")
     return sides[0], sides[-1]
 
 
@@ -844,6 +843,7 @@ CHECKPOINTS = {
                  "epoch": 1, "step": 0, "history": [], "sums": {}, "counts": torch.empty(0),
                  "seconds": 0.0},
 }
+CALLED = {"network": "best.pt", "training": "last.pt"}
 # what zipfile and torch raise at files that were damaged or made to do harm
 HOSTILE = (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, LookupError,
            TypeError, AttributeError, AssertionError, ArithmeticError, EOFError, MemoryError,
@@ -868,8 +868,9 @@ def alike(value, example):
 def read_checkpoint(path, kind, device):
     """Reads a checkpoint of the `kind` "network" (best.pt) or "training" (last.pt), or refuses it.
     Nothing in it is executed, and no more is read than the file is long."""
-    content, name = None, {"network": "best.pt", "training": "last.pt"}[kind]
-    if not Path(path).is_file():
+    content, name = None, CALLED[kind]
+    path = Path(path) / name if Path(path).is_dir() else Path(path)
+    if not path.is_file():
         raise Problem(f"there is no checkpoint {path}; name the {name} of a run")
     try:
         stored = np.memmap(path, mode="r")
@@ -883,6 +884,8 @@ def read_checkpoint(path, kind, device):
                 content = torch.load(path, map_location=device, weights_only=True)
     except HOSTILE:
         pass  # torch's own words are left out: they tell how to read a file that may hold code
+    if alike(content, {"petseg": ""}) and content["petseg"] in CALLED and content["petseg"] != kind:
+        raise Problem(f"{path} is the {CALLED[content['petseg']]} of a run; this needs its {name}")
     if not alike(content, {"petseg": kind, **CHECKPOINTS[kind]}) or content["petseg"] != kind:
         raise Problem(f"{path} is damaged, or is not what this needs, the {name} of a petseg run")
     return content
@@ -894,7 +897,7 @@ def fill(network, weights, path):
     needed = {name: each.shape for name, each in network.state_dict().items()}
     if needed != {name: getattr(each, "shape", None) for name, each in weights.items()}:
         raise Problem(f"the weights in {path} are of another network than this: another model, "
-                      "width or way up")
+                      "number of classes, width or way up")
     if not all(each.isfinite().all() for each in weights.values()):
         raise Problem(f"the weights in {path} are not all finite; take another checkpoint")
     weights = {name: each.float() if each.is_floating_point() else each
@@ -914,6 +917,9 @@ def load_segmenter(path, device, precision, threshold=0.5, tta=True):
         raise Problem(f"{path} describes a network that does not exist: {error}") from error
     fill(network, about.pop("weights"), path)
     network.to(device, memory_format=torch.channels_last)
+    if threshold != 0.5 and len(about["classes"]) > 2:
+        raise Problem(f"--threshold is for two classes; the network of {path} has more, of which "
+                      "each pixel gets the likeliest")
     return Segmenter(network, about, pick_precision(precision, device), threshold, tta)
 
 
@@ -1223,8 +1229,8 @@ def train(args):
     counts = torch.zeros(images, classes, classes, dtype=torch.long, device=device)
     if state:
         if state["pictures"] != train_set.names:
-            raise Problem(f"{source.folder} no longer holds the training pictures that {folder} "
-                          "was begun with; bring them back, or start anew without --resume")
+            raise Problem(f"the training pictures in {source.folder} are not those that {folder} "
+                          "was begun with; make them so again, or start anew without --resume")
         fill(network, state["network"], folder)
         fill(average, state["average"], folder)
         for optimizer, memory in zip(optimizers, state["optimizers"]):
@@ -1353,7 +1359,8 @@ def choose_data(args, segmenter):
     folder = find_data(args.data or trained["data"], root, args.url)[1]
     known = trained if args.data in (None, trained["data"]) else trained | {"drawn": {}}
     source, classes = look(folder, root, known), segmenter.about["classes"]
-    if class_names(source, segmenter.about["border"]) != classes:
+    names = class_names(source, segmenter.about["border"])
+    if names != classes and not len(names) == len(classes) == 2:  # of two the second is sought
         raise Problem(f"{folder} has the classes {', '.join(source.classes)}, the network "
                       f"{', '.join(classes)}; name other data with --data, or another --ckpt")
     return source, root
@@ -1496,7 +1503,8 @@ def infer(args):
         if args.pictures:
             known = "pet" in classes  # only a trimap says by itself what its numbers are
             samples = [data.Sample(path.stem, path, data.find_truth(path) if known else None,
-                                   data.PET_CODES) for path in data.find_pictures(args.pictures)]
+                                   data.PET_CODES) for path in data.find_pictures(args.pictures)
+                       if not data.is_result(path, out)]
         else:
             samples = data.samples(choose_data(args, segmenter)[0], "test")
         kinds = (args.save or ("mask,overlay,cutout" if args.pictures else "panel")).split(",")
@@ -1577,12 +1585,15 @@ def manage_data(args):
                           "pets, data toy draws toy pets, --data names a folder")
     source = look(folder, root, vars(args) | {"drawn": {}})
     found = data.check(source, progress)
-    faults = [fault for _, bad in found.values() for fault in bad]
+    faults = [fault for _, bad, _ in found.values() for fault in bad]
     rows = [{"split": split, "pictures": number, "at_fault": len(bad)}
-            for split, (number, bad) in found.items()]
-    answer(args, f"{folder}: {source.layout}; {', '.join(source.classes)}\n{table(rows)}",
+            for split, (number, bad, _) in found.items()]
+    shares = [{"class": name, **{split: float(counts[label] / max(counts[:data.VOID].sum(), 1))
+                                 for split, (_, _, counts) in found.items()}}
+              for label, name in enumerate(source.classes)]
+    answer(args, f"{folder}: {source.layout}\n{table(rows)}\n\n{table(shares)}",
            {"folder": str(folder), "layout": source.layout, "classes": source.classes,
-            "splits": rows, "faults": faults, "notes": source.notes})
+            "splits": rows, "shares": shares, "faults": faults, "notes": source.notes})
     if faults:
         raise Problem(f"{len(faults)} pictures of {folder} are at fault: " + "; ".join(faults[:5]))
 

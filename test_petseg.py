@@ -701,11 +701,11 @@ GREEN, BLACK = data.COLOUR + 0x00FF00, data.COLOUR
     ([BLACK, GREEN], ["my car 0 255 0", "road 0 0 0"], {GREEN: 0, BLACK: 1, 255: 255},
      ["my car", "road"]),
     ([BLACK, GREEN], ["road 0 0 0", "car 1 1 1"], None, "hold #00ff00, which"),
-    ([BLACK, GREEN], ["an old road sign", "b"], {BLACK: 0, GREEN: 1, 255: 255},
-     ["an old road sign", "b"]),
-    ([BLACK, GREEN], ["an old road sign", "a quite new car"], {BLACK: 0, GREEN: 1, 255: 255},
-     ["an old road sign", "a quite new car"]),
-    ([BLACK, GREEN], ["a", "b", "c"], None, "names 3 classes, the masks hold 2.*car 64 0 128"),
+    ([BLACK, GREEN], ["car,0,255,0", "Void, 0, 0, 0"], None, "1 classes"),
+    ([BLACK, GREEN], ["a quite new car", "b 0 0 0"], None, "none for a quite new car;.*car 64 0 128"),
+    ([BLACK, GREEN], ["0 0 0 a", "b #00ff00"], None, "none for 0 0 0 a, b #00ff00"),
+    ([0, 1, 2], ["a 0 0 0", "b 0 255 0", "Void 9 9 9"], {0: 0, 1: 1, 2: 255, 255: 255}, ["a", "b"]),
+    ([0, 1], ["a", "a"], None, "classes.txt has a name twice"),
     ([1, GREEN], [], None, "some masks.*numbers, others colours"),
     ([7], [], None, "all masks.* hold 7"), ([], [], None, "all masks.* hold nothing"),
     (list(range(200)), [], None, "200 numbers or colours.*swapped"),
@@ -799,6 +799,17 @@ def test_the_lot_divides_once_and_for_all(tmp_path):
         data.open_split(gone, "test", (32, 32), tmp_path / "cache", quiet)
 
 
+def test_class_names_as_windows_writes_them_and_masks_of_two_bytes(tmp_path):
+    lay_out(tmp_path, "colours")
+    names = "ground 0 0 0\r\nMütze 64 0 128\r\ntree 0 9 0\r\n"
+    for encoding in ("utf-16", "utf-8-sig"):
+        (tmp_path / "classes.txt").write_bytes(names.encode(encoding))
+        assert look(tmp_path, tmp_path / "cache").classes == ["ground", "Mütze", "tree"]
+    wide = np.array([[0, 700], [700, 3]], np.uint16)
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    assert np.array_equal(data.mask_numbers(tmp_path / "wide.png"), wide)
+
+
 def test_thirty_classes_of_cityscapes(tmp_path):
     lay_out(tmp_path, "Cityscapes")
     source = look(tmp_path, cityscapes="30")
@@ -808,7 +819,7 @@ def test_thirty_classes_of_cityscapes(tmp_path):
 
 
 @pytest.mark.parametrize("harm, expected", [
-    ("swap", "numbers or colours.*swapped"), ("lonely", "left out.*odd"),
+    ("swap", "JPEG.*swapped"), ("lonely", "left out.*odd"),
     ("twin", "street 0.png is left out.* name of .*street 0.jpg"),
     ("none", "no picture in .*images has a mask in .*_mask"), ("few", "2 labelled.*at least 3"),
     ("no val", "no val/"), ("blank", "all masks .* hold 0"), ("no masks", "no folder .*masks")])
@@ -1641,7 +1652,7 @@ def test_resume_with_more_epochs_equals_one_long_run(halfway, root, tmp_path):
     shutil.copytree(root, tmp_path / "less")
     look(tmp_path / "less" / data.TOYS).splits["train"][0].image.unlink()
     said = refused("train", "--resume", folder, "--epochs", 3, "--root", tmp_path / "less")
-    assert f"{tmp_path / 'less' / data.TOYS} no longer holds the training pictures" in said
+    assert f"{tmp_path / 'less' / data.TOYS} are not those" in said and "make them so again" in said
 
 
 def test_a_run_begins_with_the_weights_it_is_given(trained, root, tmp_path):
@@ -2140,6 +2151,25 @@ def test_training_goes_on_from_the_cache(root, tmp_path):
     assert process.exitcode == 0 and result["images"] == 10
 
 
+def test_a_network_of_two_classes_is_scored_on_others_of_more_on_its_own(trained, tmp_path):
+    lay_out(tmp_path, "numbers")
+    words = ("eval", "--data", tmp_path, "--root", tmp_path / "root", "--out", tmp_path / "out")
+    assert 0 <= answer(*words, "--ckpt", trained["unet"] / "best.pt")["dice"] <= 1
+    save_random(tmp_path / "three.pt", "unet", ["ground", "car", "tree"])
+    assert "has the classes background, foreground" in refused(*words, "--ckpt",
+                                                               tmp_path / "three.pt")
+    assert "likeliest" in refused(*words, "--ckpt", tmp_path / "three.pt", "--threshold", 0.3)
+
+
+def test_infer_leaves_out_what_it_has_written(trained, tmp_path):
+    RED_BLUE.save(tmp_path / "photo.png")
+    RED_BLUE.save(tmp_path / "a_mask.png")
+    for out in (tmp_path / "out", tmp_path / "out", tmp_path / "more"):
+        words = ("infer", "--ckpt", trained["unet"], tmp_path, "--save", "mask,panel", "--out")
+        found = answer(*words, out)["images"]
+        assert found == {"out": 2, "more": 6}[out.name]  # elsewhere such a name may be a photo's
+
+
 def test_infer_without_pictures_shows_the_test_split(trained, root, tmp_path):
     result = answer("infer", "--ckpt", trained["unet"] / "best.pt", "--root", root, "--no-tta",
                     "--threshold", 0, "--out", tmp_path)
@@ -2175,9 +2205,12 @@ def test_compare(trained, tmp_path):
 
 
 def test_data_check(root, pets):
-    rows = answer("data", "check", "--data", "toy", "--root", root)["splits"]
-    assert [(row["split"], row["pictures"]) for row in rows] == [
+    result = answer("data", "check", "--data", "toy", "--root", root)
+    assert [(row["split"], row["pictures"]) for row in result["splits"]] == [
         ("train", 36), ("valid", 4), ("test", 10)]
+    split = data.open_split(look(root / data.TOYS), "valid", (32, 32), root / "cache", quiet)
+    pet = (split.labels % 128 == 1).mean()
+    assert [row["valid"] for row in result["shares"]] == pytest.approx([1 - pet, pet])
     path = look(pets).splits["test"][2].image
     path.write_bytes(b"spoilt")
     assert path.name in refused("data", "check", "--data", pets)
@@ -2367,7 +2400,7 @@ def test_hostile_checkpoints_are_refused_at_once(trained, tmp_path):
         "mean": good | {"mean": (0.5,)}, "untrained": good | {"trained": {}},
         "nothing": good | {"classes": []}, "numbers": good | {"classes": [0, 1]},
         "many": good | {"classes": ["pet"] * 10**5},
-        "drawn": good | {"trained": good["trained"] | {"drawn": {"valid": [1]}}},
+        "kind": good | {"petseg": []}, "drawn": good | {"trained": good["trained"] | {"drawn": {"valid": [1]}}},
         # a tensor that says it has 10¹² numbers, all of them the same
         "vast": good | {"weights": weights | {name: torch.zeros(1).expand(10**12)}},
     }
@@ -2447,6 +2480,9 @@ def test_a_cache_that_the_disk_cannot_hold(toys, tmp_path, monkeypatch):
      "best.pt are of another network"),
     ("eval --ckpt {run}/best.pt --data {folder}/no-test --split test", "--split valid"),
     ("eval --ckpt {run}/best.pt --threshold 2", "threshold"),
+    ("eval --ckpt {run}/last.pt", "is the last.pt of a run.*best.pt"),
+    ("train unet --size 64,96", "height and width as in 256x512, not '64,96'"),
+    ("train unet --data {run} --classes species", "--classes species is for the pets"),
     ("infer --ckpt {run}/best.pt {folder}/nowhere", "nowhere"),
     ("infer --ckpt {run}/best.pt {folder}/empty", "empty"),
     ("infer --ckpt {run}/best.pt {folder} --save drawing", "drawing"),
