@@ -218,8 +218,8 @@ def mask_numbers(path):
     """A mask as one whole number a pixel: the one that stands there, or its colour."""
     with opened(path) as image:
         if image.format == "JPEG":
-            raise Problem(f"the mask {path} is a JPEG, which blurs the numbers of masks: are images "
-                          "and masks swapped? Masks are kept as PNG")
+            raise Problem(f"the mask {path} is a JPEG, which blurs numbers: are images and masks "
+                          "swapped? Keep masks as PNG")
         if image.mode in ("RGB", "RGBA"):
             numbers = np.empty(image.size[::-1], np.int32)
             for rows in bands(numbers.shape):

@@ -702,7 +702,7 @@ GREEN, BLACK = data.COLOUR + 0x00FF00, data.COLOUR
      ["my car", "road"]),
     ([BLACK, GREEN], ["road 0 0 0", "car 1 1 1"], None, "hold #00ff00, which"),
     ([BLACK, GREEN], ["car,0,255,0", "Void, 0, 0, 0"], None, "1 classes"),
-    ([BLACK, GREEN], ["a quite new car", "b 0 0 0"], None, "none for a quite new car;.*car 64 0 128"),
+    ([BLACK, GREEN], ["a new car", "b 0 0 0"], None, "none for a new car;.*car 64 0 128"),
     ([BLACK, GREEN], ["0 0 0 a", "b #00ff00"], None, "none for 0 0 0 a, b #00ff00"),
     ([0, 1, 2], ["a 0 0 0", "b 0 255 0", "Void 9 9 9"], {0: 0, 1: 1, 2: 255, 255: 255}, ["a", "b"]),
     ([0, 1], ["a", "a"], None, "classes.txt has a name twice"),
@@ -2400,7 +2400,8 @@ def test_hostile_checkpoints_are_refused_at_once(trained, tmp_path):
         "mean": good | {"mean": (0.5,)}, "untrained": good | {"trained": {}},
         "nothing": good | {"classes": []}, "numbers": good | {"classes": [0, 1]},
         "many": good | {"classes": ["pet"] * 10**5},
-        "kind": good | {"petseg": []}, "drawn": good | {"trained": good["trained"] | {"drawn": {"valid": [1]}}},
+        "kind": good | {"petseg": []},
+        "drawn": good | {"trained": good["trained"] | {"drawn": {"valid": [1]}}},
         # a tensor that says it has 10¹² numbers, all of them the same
         "vast": good | {"weights": weights | {name: torch.zeros(1).expand(10**12)}},
     }
