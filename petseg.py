@@ -141,7 +141,7 @@ OTHERS = {
     "test": (100, POSITIVE, "toys to test with"),
     "rounds": (3, POSITIVE, "measurements of each way, of which the median"),
     "layers": (False, bool, "instead: each layer's time, and how near its limit"),
-    "memory": (None, AMOUNT, "instead: the largest batch in so many GB"),
+    "memory": (None, number(float, 0.1), "instead: the largest batch in so many GB"),
     "grid": (False, bool, "instead: images/s over batch sizes and sides"),
     "growth": (False, bool, "instead: images/s from ten times as much data"),
     "scaling": (False, bool, "instead: images/s of several processes, and what they exchange"),
@@ -353,9 +353,11 @@ def say(text, who=0):
         print(("\r\x1b[K" if sys.stderr.isatty() else "") + text, file=sys.stderr, flush=True)
 
 
-def answer(args, text, result):
-    """The result, on stdout: as text for people, or as one line of JSON."""
+def answer(args, text, result, path=None):
+    """The result, on stdout: as text for people, or as one line of JSON; and in the file `path`."""
     if rank() == 0:
+        if path:
+            data.write_json(path, result)
         print(json.dumps(result) if args.json else text, flush=True)
 
 
@@ -470,15 +472,14 @@ def scores(counts, classes):
     rows = [{"class": name, "dice": dice[0, i].item(), "iou": iou[0, i].item(),
              "share": share[i].item()} for i, name in enumerate(classes) if there[i]]
     front = rows[there[0]:] or rows
-    means = {f"{part}{name}": sum(row[name] for row in of) / len(of)
+    means = {f"{part}{name}": sum(row[name] for row in of) / max(len(of), 1)
              for part, of in (("", rows), ("foreground_", front)) for name in ("dice", "iou")}
     return {**means, **rest, "classes": rows}
 
 
 def score_table(split, found):
     """The scores of a split as text: of all, and where there are many, of each class."""
-    means = table([{"split": split, **{name: value for name, value in found.items()
-                                       if name not in ("classes", "breeds")}}])
+    means = table([{"split": split} | {k: v for k, v in found.items() if k != "classes"}])
     return f"{table(found['classes'])}\n\n{means}" if "classes" in found else means
 
 
@@ -784,11 +785,11 @@ def score_split(segmenter, split, batch=32, loss=layers.bce_dice_loss, weights=N
 
 
 def score_images(counts):
-    """A score of each image by itself, to sort them by: the mean IoU of the classes in it, of two
-    that of class 1."""
-    iou = dice_and_iou(counts)[1]
-    if iou.shape[1] == 2:
-        return iou[:, 1]
+    """The score of each image by itself: the Dice of class 1 where there are two classes, else the
+    mean IoU of the classes that occur in the image (0 where every pixel is void)."""
+    dice, iou = dice_and_iou(counts)
+    if dice.shape[1] == 2:
+        return dice[:, 1]
     there = counts.sum(dim=1) + counts.sum(dim=2) > 0
     return (iou * there).sum(dim=1) / there.sum(dim=1).clamp(min=1)
 
@@ -799,8 +800,7 @@ def draw_samples(path, segmenter, split, chosen):
     classes = segmenter.about["classes"]
     masks = decide(layers.probabilities(predict(segmenter, images)), segmenter.threshold)
     target = true_classes(segmenter.about, labels)
-    found = [scores(counts[None], classes)[measure(classes)]
-             for counts in confusion(masks, target, len(classes)).cpu()]
+    found = score_images(confusion(masks, target, len(classes))).tolist()
     truths = torch.where(target == data.VOID, 0, target).cpu().numpy()
     panels = [data.panel(data.picture(split.images[i]), truths[k], masks[k].cpu().numpy(),
                          f"{split.names[i]}  {SHOWN[measure(classes)]} {found[k]:.3f}", classes,
@@ -911,6 +911,8 @@ def load_segmenter(path, device, precision, threshold=0.5, tta=True):
     settle_memory(device)
     about = read_checkpoint(path, "network", device)
     try:
+        if min(about["size"]) < 32:
+            raise ValueError(f"its pictures are {about['size']} high and wide")
         with torch.device("meta"):  # an absurd width then takes no memory
             network = build(about)
     except (LookupError, ValueError, RuntimeError) as error:
@@ -992,13 +994,16 @@ def resume(args, folder):
     for leftover in folder.glob(".part-*"):  # what a kill kept from being renamed
         shutil.rmtree(leftover)
     state = read_state(folder)
-    run = argparse.Namespace(**state["settings"])
+    usual = {name: default for name, (default, *_) in OPTIONS.items()}  # for options newer than it
+    run = argparse.Namespace(**usual | state["settings"])
     for name, value in typed(args).items():
+        if value == "auto":  # what that meant was settled when the run began
+            continue
         if name in MAY_CHANGE:
             if name == "epochs" and value != run.epochs:
                 run.command += f", resumed with --epochs {value}"
             setattr(run, name, value)
-        elif value not in (getattr(run, name), "auto"):
+        elif value != getattr(run, name):
             raise Problem(f"the run was begun with {name.replace('_', '-')} {getattr(run, name)}, "
                           f"not {value}; a resumed run keeps it; without --resume a new one starts")
     return folder, run, state
@@ -1011,8 +1016,10 @@ def find_unfinished(run, out):
     same = json.loads(json.dumps(same))  # as config.json has it, without tuples
     configs = sorted(Path(out).glob("*/config.json"), key=os.path.getmtime, reverse=True)
     for folder in (config.parent for config in configs):
-        finished = any((folder / f"{split}.json").exists() for split in ("valid", "test"))
-        if not finished and (folder / "last.pt").exists():
+        last, results = folder / "last.pt", [folder / "valid.json", folder / "test.json"]
+        # results older than last.pt are from before the run was resumed with more epochs
+        if last.exists() and not any(path.exists() and path.stat().st_mtime >= last.stat().st_mtime
+                                     for path in results):
             config = json.loads((folder / "config.json").read_text())
             if {name: config.get(name) for name in same} == same:
                 return folder
@@ -1059,10 +1066,9 @@ def describe(run, device):
 def make_optimizers(run, network):
     """The optimizers, which share the weights among them; the rates are set before each step."""
     # fused: one pass over all weights, 7 ms instead of 11 in a step of ResNet34-UNet on two cores
-    if run.optimizer == "adam":
-        return [torch.optim.Adam(network.parameters(), fused=True)]
-    if run.optimizer == "adamw":
-        return [torch.optim.AdamW(network.parameters(), weight_decay=run.weight_decay, fused=True)]
+    if run.optimizer != "muon":  # AdamW without decay is Adam
+        decay = run.weight_decay if run.optimizer == "adamw" else 0.0
+        return [torch.optim.AdamW(network.parameters(), weight_decay=decay, fused=True)]
     # Muon is for matrices between layers: not for the head, biases, scales of batch norms
     inner = [*network.encoder.parameters(), *network.decoder.parameters()]
     matrices = [weight for weight in inner if weight.dim() == 4]
@@ -1173,10 +1179,8 @@ def finish(args, folder, run, history, source):
     trained, score = about["trained"], f"valid_{measure(about['classes'])}"
     result = {"run": str(folder), "split": name, "epoch": trained["epoch"], score: trained[score],
               "seconds": sum(row["seconds"] for row in history), **found}
-    if rank() == 0:
-        data.write_json(folder / f"{name}.json", result)
     answer(args, f"{folder}: best epoch {result['epoch']}, {score.replace('_', ' ')} "
-           f"{trained[score]:.4f}\n{score_table(name, found)}", result)
+           f"{trained[score]:.4f}\n{score_table(name, found)}", result, folder / f"{name}.json")
 
 
 def listen():
@@ -1207,8 +1211,7 @@ def train(args):
 
     about = {"petseg": "network", "model": run.model, "width": run.width, "up": run.up,
              "dropout": run.dropout, "size": run.size, "border": run.border,
-             "classes": class_names(source, run.border),
-             "mean": data.MEAN, "std": data.STD}
+             "classes": class_names(source, run.border), "mean": data.MEAN, "std": data.STD}
     classes, score = len(about["classes"]), measure(about["classes"])
     weights = class_weights(run, class_shares(source, train_set, about)).to(device)
     train_set = data.onto(train_set, device)
@@ -1222,6 +1225,7 @@ def train(args):
     compiled = torch.compile(together) if run.compile else together
     optimizers = make_optimizers(run, network)
 
+    share = max(1, run.batch // world())  # of a batch, for each process
     images, per_step = len(train_set.names) * run.repeat, run.batch * run.accumulate
     per_epoch = math.ceil(images / per_step)
     epoch, step, history, seconds = 1, 0, [], 0.0
@@ -1310,7 +1314,7 @@ def train(args):
                           f"  loss {loss:.4f}  {speed:.0f} images/s  {clock(left)} left")
 
         segmenter = Segmenter(average, about, run.precision)
-        valid_loss, found = score_split(segmenter, valid_set, run.batch, layers.LOSSES[run.loss],
+        valid_loss, found = score_split(segmenter, valid_set, share, layers.LOSSES[run.loss],
                                         weights)
         if not math.isfinite(valid_loss):
             give_up(f"the valid loss became {valid_loss}")
@@ -1346,6 +1350,8 @@ def train(args):
         saved = save_state()
     for number, handler in usual.items():
         signal.signal(number, handler)
+    for number in stop:  # it came after the last step; the run is saved
+        signal.raise_signal(number)
     finish(args, folder, run, history, source)
 
 
@@ -1381,17 +1387,15 @@ def evaluate(args):
               "trained": segmenter.about["trained"]}
     text = score_table(args.split, whole)
     if classes == ["background", "pet"]:
-        breeds = {}
-        for name, row in zip(split.names, counts):
-            breeds.setdefault(name.rpartition("_")[0], []).append(row)
-        breeds = {breed: scores(torch.stack(rows), classes) for breed, rows in breeds.items()}
+        breed_of = np.array([name.rpartition("_")[0] for name in split.names])
+        breeds = {breed: scores(counts[breed_of == breed], classes)
+                  for breed in np.unique(breed_of).tolist()}
         result["breeds"] = breeds
-        rows = [{"breed": breed, **breeds[breed]} for breed in
-                sorted(breeds, key=lambda breed: breeds[breed]["dice"])]
+        rows = [{"breed": breed, **found} for breed, found in breeds.items()]
+        rows.sort(key=lambda row: row["dice"])
         text = table([*rows, {"breed": f"all of {args.split}", **whole}])
-    if rank() == 0:
-        data.write_json(Path(args.out) / f"{args.split}.json", result)
-    answer(args, f"{text}\nthe worst images: {worst}", result)
+    answer(args, f"{text}\nthe worst images: {worst}", result,
+           Path(args.out) / f"{args.split}.json")
 
 
 AGREEMENT = ("dice", "iou", "own_size_dice", "own_size_iou")  # with a truth, where it is known
@@ -1728,7 +1732,7 @@ def noise_split(number, size, root=None):
     random = np.random.default_rng(0)
     images, labels = (np.memmap(tempfile.TemporaryFile(dir=root), np.uint8, "w+", 0, shape)
                       for shape in ((number, *size, 3), (number, *size)))
-    for array, most in ((images, 256), (labels, 3)):
+    for array, most in ((images, 256), (labels, 2)):
         for part in np.array_split(array, number // 64 + 1):
             part[:] = random.integers(0, most, part.shape, np.uint8)
     return data.Split([""] * number, images, labels, [])
@@ -1825,6 +1829,9 @@ def one_measurement(args, run, device):
         return {"train": pace(step, run, device, number, steps), "memory": peak_memory(device),
                 "own_memory": own_memory()}
     source = look(find_data(run.data, run.root, args.url)[1], run.root, vars(run))
+    if len(source.classes) != 2:
+        raise Problem(f"bench measures with two classes; {source.folder} has "
+                      f"{len(source.classes)}; name other data with --data")
     if args.only == "plain":
         samples = data.samples(source, "train")
         step, guess = plain_way(run, samples, device)

@@ -507,7 +507,7 @@ def test_damaged_pictures_are_unreadable_by_name(tmp_path, ending):
     cut = path.read_bytes()[:path.stat().st_size // 2]
     for content in (cut, b"", b"no picture at all"):
         path.write_bytes(content)
-        for read in (data.read_image, data.mask_numbers):
+        for read in (data.read_image, data.mask_numbers)[:1 if ending == "jpg" else 2]:
             with pytest.raises(data.Unreadable, match=path.name):
                 read(path)
 
@@ -1329,6 +1329,7 @@ def test_scores_of_several_classes_against_slow_loops():
     names = ["sky", "tree", "car", "nowhere"]
     pairs = [(t, m) for t, m in zip(target.flatten().tolist(), mask.flatten().tolist()) if t < 255]
     found = petseg.scores(petseg.confusion(mask.byte(), target.to(torch.uint8), 4), names)
+    assert petseg.scores(torch.zeros(1, 4, 4), names)["iou"] == 0  # of an image that is all void
     dices, ious = [], []
     for row, c in zip(found["classes"], range(3), strict=True):
         tp, all_true = pairs.count((c, c)), sum(t == c for t, _ in pairs)
@@ -1744,6 +1745,8 @@ def test_resume_auto_takes_the_newest_unfinished_run_of_the_same_options(trained
         os.utime(folder / "config.json", (place, place))
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps(config | {"lr": 0.5}))
+    assert answer(*words)["run"] == str(newest)
+    os.utime(newest / "test.json", (1, 1))  # as if the run had been resumed since, and killed
     assert answer(*words)["run"] == str(newest)
     shutil.rmtree(first)
     done = run(*words)  # the other has another rate, and the rest has come to its end
@@ -2397,7 +2400,7 @@ def test_hostile_checkpoints_are_refused_at_once(trained, tmp_path):
         "nan": good | {"weights": weights | {name: weights[name] * math.nan}},
         "wide": good | {"width": 10**6}, "wider": good | {"width": 2**40},
         "negative": good | {"width": -1}, "model": good | {"model": "vgg"},
-        "mean": good | {"mean": (0.5,)}, "untrained": good | {"trained": {}},
+        "mean": good | {"mean": (0.5,)}, "small": good | {"size": (0, 0)}, "untrained": good | {"trained": {}},
         "nothing": good | {"classes": []}, "numbers": good | {"classes": [0, 1]},
         "many": good | {"classes": ["pet"] * 10**5},
         "kind": good | {"petseg": []},
