@@ -997,7 +997,7 @@ def resume(args, folder):
     usual = {name: default for name, (default, *_) in OPTIONS.items()}  # for options newer than it
     run = argparse.Namespace(**usual | state["settings"])
     for name, value in typed(args).items():
-        if value == "auto":  # what that meant was settled when the run began
+        if value == "auto" and name in ("data", "precision"):  # settled when the run began
             continue
         if name in MAY_CHANGE:
             if name == "epochs" and value != run.epochs:
@@ -1364,6 +1364,8 @@ def choose_data(args, segmenter):
     root = args.root or trained["root"]
     folder = find_data(args.data or trained["data"], root, args.url)[1]
     known = trained if args.data in (None, trained["data"]) else trained | {"drawn": {}}
+    if not (folder / "annotations").is_dir():
+        known = known | {"classes": "pet"}  # the option means nothing but in the pets' layout
     source, classes = look(folder, root, known), segmenter.about["classes"]
     names = class_names(source, segmenter.about["border"])
     if names != classes and not len(names) == len(classes) == 2:  # of two the second is sought
