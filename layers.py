@@ -1,11 +1,13 @@
-"""layers.py: two networks for semantic segmentation and their losses, by hand in plain torch.
+"""layers.py: two networks for semantic segmentation, their losses, metrics and optimizer.
 
-Read from top to bottom: the blocks, the two networks (each is an encoder that halves the picture
-and a decoder that doubles it again), the initialisation, what is done for use, the losses.
+Everything here is mathematics on tensors, in plain torch. Read it from top to bottom: the blocks,
+the two networks, the initialization, the losses, the metrics, EMA, learning-rate schedules, Muon,
+and at the end what is there only for speed or for export.
 
 Shapes in the comments are (batch, channels, height, width) for an input of (B, 3, H, W), width 64.
 """
 import copy
+import itertools
 import math
 
 import torch
@@ -14,25 +16,29 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+IGNORE_INDEX = 255  # pixels with this target are neither learned nor scored
+
 # ---------------------------------------------------------------------------------------- blocks
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm; a single value a channel has no variance and goes by the running statistics."""
+    """BatchNorm2d that uses its running statistics where there is one value per channel (a 1×1 map,
+    batch of 1), since the batch variance is undefined there."""
 
     def forward(self, x):
-        by_batch = self.training and x.numel() > x.shape[1]
+        use_batch_stats = self.training and x.numel() > x.shape[1]
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias,
-                            by_batch, self.momentum, self.eps)
+                            use_batch_stats, self.momentum, self.eps)
 
 
 class ConvBN(nn.Module):
-    """A convolution that keeps the size (or divides it by `stride`), then batch norm."""
+    """Convolution that keeps the size (or divides it by `stride`), then batch norm."""
 
-    def __init__(self, in_channels, out_channels, kernel=3, stride=1):
+    def __init__(self, in_channels, out_channels, kernel_size=3, stride=1):
         super().__init__()
         # no bias: the batch norm that follows subtracts the mean and adds its own
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=False)
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2,
+                              bias=False)
         self.bn = BatchNorm(out_channels)
 
     def forward(self, x):
@@ -47,7 +53,7 @@ class ConvBNReLU(ConvBN):
 
 
 class DoubleConv(nn.Sequential):
-    """Two 3×3 ConvBNReLU in a row, the working part of every level of a U-Net."""
+    """Two 3×3 ConvBNReLU in a row: what a U-Net does at each resolution."""
 
     def __init__(self, in_channels, out_channels):
         super().__init__(ConvBNReLU(in_channels, out_channels),
@@ -55,17 +61,17 @@ class DoubleConv(nn.Sequential):
 
 
 class BasicBlock(nn.Module):
-    """ResNet's basic block: relu(F(x) + x) with F = conv-bn-relu-conv-bn (the paper's figure 2).
+    """ResNet's basic block: relu(F(x) + x) with F = conv-bn-relu-conv-bn (figure 2 of the paper).
 
-    Where stride or channels change the shape, a 1×1 convolution brings x to it (option B).
+    Where stride or channels change the shape, the shortcut is a 1×1 convolution (option B).
     """
 
     def __init__(self, in_channels, out_channels, stride=1):
         super().__init__()
         self.conv1 = ConvBNReLU(in_channels, out_channels, stride=stride)
         self.conv2 = ConvBN(out_channels, out_channels)
-        same = stride == 1 and in_channels == out_channels
-        self.shortcut = nn.Identity() if same else ConvBN(in_channels, out_channels, 1, stride)
+        identity = stride == 1 and in_channels == out_channels
+        self.shortcut = nn.Identity() if identity else ConvBN(in_channels, out_channels, 1, stride)
 
     def forward(self, x):
         residual = self.conv2(self.conv1(x))
@@ -73,27 +79,436 @@ class BasicBlock(nn.Module):
         return F.relu(residual, inplace=True)
 
 
-def recomputed(function, x):
-    """function(x), of which only x is kept until the backward pass, which computes the rest again.
-    Without gradients there is no such pass, and under eight million numbers too little to save for
-    the time that it takes."""
-    if not torch.is_grad_enabled() or x.numel() < 2**23:
-        return function(x)
-    return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+class UpConcat(nn.Module):
+    """One decoder step of a U-Net: upsample x by 2, concatenate the encoder's skip, convolve twice.
+
+    `upsample` is "transpose" (a learned 2×2 transposed convolution) or "bilinear".
+    """
+
+    def __init__(self, in_channels, skip_channels, out_channels, upsample="transpose"):
+        super().__init__()
+        if upsample == "transpose":
+            self.up = TransposedConv(in_channels, out_channels, 2, stride=2)
+            in_channels = out_channels
+        else:
+            self.up = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
+        self.conv = DoubleConv(skip_channels + in_channels, out_channels)
+
+    def forward(self, x, skip=None):
+        x = self.up(x)                                               # (B, C, 2H, 2W)
+        if skip is not None:
+            # where the encoder halved an odd size, x is one row or column short, or over
+            dh, dw = skip.shape[2] - x.shape[2], skip.shape[3] - x.shape[3]
+            if dh or dw:
+                x = F.pad(x, (0, dw, 0, dh))  # a negative pad crops
+            x = torch.cat((skip, x), dim=1)                          # (B, skip + C, 2H, 2W)
+        return self.conv(x)
 
 
-class MaxPool(nn.MaxPool2d):
-    """Max pooling that does not keep where its maxima were, at 8 bytes each."""
+# -------------------------------------------------------------------------------------- networks
+
+
+class EncoderDecoder(nn.Module):
+    """The U shape: each encoder stage halves the resolution and its output is kept as a skip; each
+    decoder step doubles it again and takes the skip of its size; a 1×1 convolution gives logits."""
+
+    def __init__(self, encoder, decoder, channels, classes, dropout):
+        super().__init__()
+        self.encoder = nn.ModuleList(encoder)
+        self.dropout = nn.Dropout(dropout)
+        self.decoder = nn.ModuleList(decoder)
+        self.head = nn.Conv2d(channels, classes, 1)
+        self.gradient_checkpointing = False  # True: less memory, a quarter more time
+        # on the meta device there is nothing to initialize (and trying costs 2 s of imports)
+        if not self.head.weight.is_meta:
+            init_weights(self)
 
     def forward(self, x):
-        # 0.5 GB less of 6.7 in a step of UNet of width 64 with 32 pictures of 256×256
-        return recomputed(super().forward, x)
+        height, width = x.shape[2:]
+        skips = []
+        for stage in self.encoder:
+            x = self.forward_stage(stage, x)
+            skips.append(x)
+        x = self.dropout(skips.pop())
+        for up in self.decoder:  # the last step of the ResNet has no skip
+            x = self.forward_stage(up, x, *skips[-1:])
+            skips = skips[:-1]
+        return self.head(x)[..., :height, :width]                    # (B, classes, H, W)
+
+    def forward_stage(self, stage, *inputs):
+        """stage(*inputs); with gradient checkpointing its activations are recomputed in backward,
+        on a copy of the BatchNorm buffers, which would else be updated twice per step."""
+        if not (self.gradient_checkpointing and self.training):
+            return stage(*inputs)
+        buffers = [{name: buffer.clone() for name, buffer in stage.named_buffers()}, {}]
+        return checkpoint(lambda *args: functional_call(stage, buffers.pop(), args), *inputs,
+                          use_reentrant=False, preserve_rng_state=False)
+
+
+class UNet(EncoderDecoder):
+    """U-Net, 64-128-256-512-1024 channels at width 64: 31,037,633 parameters.
+
+    Ronneberger, Fischer, Brox 2015 (https://arxiv.org/abs/1505.04597, figure 1) with two changes:
+    batch norm after each convolution, and padding 1, so that the output has the input's size.
+    """
+
+    def __init__(self, in_channels=3, classes=1, width=64, upsample="transpose", dropout=0.0):
+        c1, c2, c3, c4, c5 = (width * 2**level for level in range(5))
+        encoder = [
+            DoubleConv(in_channels, c1),                             # (B,   64, H,    W)
+            nn.Sequential(nn.MaxPool2d(2), DoubleConv(c1, c2)),      # (B,  128, H/2,  W/2)
+            nn.Sequential(nn.MaxPool2d(2), DoubleConv(c2, c3)),      # (B,  256, H/4,  W/4)
+            nn.Sequential(nn.MaxPool2d(2), DoubleConv(c3, c4)),      # (B,  512, H/8,  W/8)
+            nn.Sequential(nn.MaxPool2d(2), DoubleConv(c4, c5)),      # (B, 1024, H/16, W/16)
+        ]
+        decoder = [
+            UpConcat(c5, c4, c4, upsample),                          # (B,  512, H/8,  W/8)
+            UpConcat(c4, c3, c3, upsample),                          # (B,  256, H/4,  W/4)
+            UpConcat(c3, c2, c2, upsample),                          # (B,  128, H/2,  W/2)
+            UpConcat(c2, c1, c1, upsample),                          # (B,   64, H,    W)
+        ]
+        super().__init__(encoder, decoder, c1, classes, dropout)
+
+
+def residual_stage(in_channels, out_channels, blocks, stride):
+    """`blocks` BasicBlocks in a row; the first one changes resolution and channels."""
+    first = BasicBlock(in_channels, out_channels, stride)
+    return [first] + [BasicBlock(out_channels, out_channels) for _ in range(blocks - 1)]
+
+
+class ResNet34UNet(EncoderDecoder):
+    """The convolutions of ResNet-34 (21,284,672 parameters at width 64) under a U-Net's decoder.
+
+    The encoder is that of He, Zhang, Ren, Sun 2015 (https://arxiv.org/abs/1512.03385, figure 3 and
+    table 1), without the average pool and classifier. The last decoder step has no skip.
+    """
+
+    def __init__(self, in_channels=3, classes=1, width=64, upsample="transpose", dropout=0.0):
+        c1, c2, c3, c4 = (width * 2**level for level in range(4))
+        pool = nn.MaxPool2d(3, stride=2, padding=1)
+        encoder = [
+            ConvBNReLU(in_channels, c1, kernel_size=7, stride=2),    # (B,  64, H/2,  W/2)
+            nn.Sequential(pool, *residual_stage(c1, c1, 3, 1)),      # (B,  64, H/4,  W/4)
+            nn.Sequential(*residual_stage(c1, c2, 4, 2)),            # (B, 128, H/8,  W/8)
+            nn.Sequential(*residual_stage(c2, c3, 6, 2)),            # (B, 256, H/16, W/16)
+            nn.Sequential(*residual_stage(c3, c4, 3, 2)),            # (B, 512, H/32, W/32)
+        ]
+        out_channels = max(1, c1 // 2)
+        decoder = [
+            UpConcat(c4, c3, c3, upsample),                          # (B, 256, H/16, W/16)
+            UpConcat(c3, c2, c2, upsample),                          # (B, 128, H/8,  W/8)
+            UpConcat(c2, c1, c1, upsample),                          # (B,  64, H/4,  W/4)
+            UpConcat(c1, c1, c1, upsample),                          # (B,  64, H/2,  W/2)
+            UpConcat(c1, 0, out_channels, upsample),                 # (B,  32, H,    W)
+        ]
+        super().__init__(encoder, decoder, out_channels, classes, dropout)
+
+
+MODELS = {"unet": UNet, "resnet34_unet": ResNet34UNet}
+
+
+def init_weights(model):
+    """He initialization (https://arxiv.org/abs/1502.01852): variance 2 / fan_in keeps the size of
+    the signal through any number of ReLU layers. The last batch norm of a residual block starts at
+    zero, so that each block starts as the identity (https://arxiv.org/abs/1706.02677, 5.1)."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            fan_in = module.in_channels * math.prod(module.kernel_size)
+        elif isinstance(module, nn.ConvTranspose2d):
+            fan_in = module.in_channels  # kernel = stride: one tap per output pixel
+        else:
+            continue
+        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_in))
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    for module in model.modules():
+        if isinstance(module, BasicBlock):
+            nn.init.zeros_(module.conv2.bn.weight)
+
+
+def probabilities(logits):
+    """Logits (B, C, H, W) to class probabilities; one logit to the probability of class 1."""
+    return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(dim=1)
+
+
+# ---------------------------------------------------------------------------------------- losses
+# logits (B, C, H, W); target (B, H, W) holds class indices, and 255 where a pixel is ignored.
+# C = 1 means two classes with one logit: sigmoid(z) is the probability of class 1.
+
+
+def clamp_logits(logits):
+    """Logits in fp32, infinite ones made finite: inf − inf would be nan."""
+    return logits.float().clamp(-1e5, 1e5)
+
+
+def bce_loss(logits, target, class_weights=None):
+    """Mean of −log p(target class) over the pixels that are not ignored: (binary) cross-entropy.
+
+    One logit: −y log σ(z) − (1 − y) log(1 − σ(z)) = log(1 + exp((1 − 2y) z)), y in {0, 1}.
+    Several:   log Σ_c exp(z_c) − z_y. Neither form overflows, however large a logit is.
+    """
+    logits, weight = clamp_logits(logits), target != IGNORE_INDEX
+    target = torch.where(weight, target, 0).long()                   # (B, H, W)
+    if logits.shape[1] == 1:
+        loss = F.softplus((1 - 2 * target) * logits[:, 0])
+    else:
+        loss = logits.logsumexp(dim=1) - logits.gather(1, target.unsqueeze(1)).squeeze(1)
+    if class_weights is not None:
+        weight = weight * class_weights[target]
+    return (loss * weight).sum() / weight.sum().clamp(min=1e-6)
+
+
+def dice_loss(logits, target, class_weights=None, smooth=1.0):
+    """1 − soft Dice, averaged over images and classes (V-Net, https://arxiv.org/abs/1606.04797).
+
+    Dice = (2 Σ p y + s) / (Σ p + Σ y + s), summed over the pixels of an image that are not ignored;
+    s = 1 makes an empty prediction of an empty mask right, and the gradient there finite.
+    `class_weights` is unused; it is there so that all losses have one signature.
+    """
+    p = probabilities(clamp_logits(logits))
+    first_class = 1 if p.shape[1] == 1 else 0  # one logit: the background has no channel
+    classes = torch.arange(first_class, first_class + p.shape[1], device=p.device)
+    y = target.unsqueeze(1) == classes.view(1, -1, 1, 1)             # (B, C, H, W)
+    p = torch.where(target.unsqueeze(1) != IGNORE_INDEX, p, 0)
+    intersection = (p * y).sum(dim=(2, 3))                           # (B, C)
+    cardinality = p.sum(dim=(2, 3)) + y.sum(dim=(2, 3))
+    return 1 - ((2 * intersection + smooth) / (cardinality + smooth)).mean()
+
+
+def bce_dice_loss(logits, target, class_weights=None):
+    """BCE + Dice: BCE gives every pixel a gradient, Dice optimizes the metric itself."""
+    return bce_loss(logits, target, class_weights) + dice_loss(logits, target)
+
+
+LOSSES = {"bce_dice": bce_dice_loss, "bce": bce_loss, "dice": dice_loss}
+
+
+def class_weights(mode, frequencies):
+    """Weights for the cross-entropy from the fraction of pixels of each class; 1 on average."""
+    # CamVid, 28 passes over the data: mean IoU on val 0.660 with sqrt, 0.578 with none (a run each)
+    auto = 0.5 if len(frequencies) > 2 else 0
+    power = {"none": 0, "sqrt": 0.5, "inverse": 1, "auto": auto}[mode]
+    weights = torch.where(frequencies > 0, 1 / frequencies.clamp(min=1e-9) ** power, 0)
+    return (weights / weights[frequencies > 0].mean()).float()
+
+
+# --------------------------------------------------------------------------------------- metrics
+
+
+def predict_mask(probs, threshold=0.5):
+    """Probabilities (B, C, H, W) to class indices (B, H, W): argmax, or p ≥ threshold if C = 1."""
+    if probs.shape[1] == 1:
+        return (probs[:, 0] >= threshold).byte()
+    return probs.argmax(dim=1).byte()
+
+
+def count_pixels(mask, target, classes):
+    """True positives, predicted and true pixels of each image and class: (B, classes, 3)."""
+    valid, counts = target != IGNORE_INDEX, []
+    for label in range(classes):
+        predicted, true = (mask == label) & valid, target == label
+        counts.append(torch.stack([pixels.sum(dim=(1, 2))
+                                   for pixels in (predicted & true, predicted, true)], dim=1))
+    return torch.stack(counts, dim=1)
+
+
+def dice_and_iou(counts):
+    """Dice = 2 tp / (predicted + true) and IoU = tp / (predicted + true − tp), from (..., 3); both
+    are 1 where nothing was there and nothing was predicted."""
+    tp, predicted, true = counts.unbind(dim=-1)
+    empty = predicted + true == 0
+    return ((2 * tp + empty) / (predicted + true + empty),
+            (tp + empty) / (predicted + true - tp + empty))
+
+
+def binary_metrics(counts):
+    """Metrics of two classes from the counts of each image (N, 2, 3): `dice` and `iou` are means
+    over images, the others are of all pixels together."""
+    total = counts.sum(dim=0).double()                               # (2, 3)
+    dice, iou = dice_and_iou(counts[:, 1].double())
+    dataset_dice, dataset_iou = dice_and_iou(total[1])
+    tp, predicted, true = total[1].tolist()
+    return {"dice": dice.mean().item(), "iou": iou.mean().item(),
+            "dataset_dice": dataset_dice.item(), "dataset_iou": dataset_iou.item(),
+            "precision": tp / predicted if predicted else None,
+            "recall": tp / true if true else None, "accuracy": accuracy(total)}
+
+
+def class_metrics(total, class_names):
+    """Metrics of several classes from the counts of all pixels together (C, 3): of each class, and
+    the means over the classes that occur, with and without the background."""
+    total = total.double()
+    dice, iou = dice_and_iou(total)
+    fraction = total[:, 2] / total[:, 2].sum().clamp(min=1)
+    rows = [{"class": name, "dice": dice[i].item(), "iou": iou[i].item(),
+             "fraction": fraction[i].item()}
+            for i, name in enumerate(class_names) if total[i, 1:].any()]
+    foreground = [row for row in rows if row["class"] != class_names[0]]
+    means = {f"{prefix}_{name}": sum(row[name] for row in of) / max(len(of), 1)
+             for prefix, of in (("mean", rows), ("foreground_mean", foreground or rows))
+             for name in ("dice", "iou")}
+    return {**means, "accuracy": accuracy(total), "classes": rows}
+
+
+def accuracy(total):
+    """The fraction of pixels that are right, from the counts of all classes (C, 3)."""
+    return (total[:, 0].sum() / total[:, 2].sum().clamp(min=1)).item()
+
+
+# ------------------------------------------------------------------ EMA and learning-rate schedules
+
+
+@torch.no_grad()
+def update_ema(ema_model, model, decay, step):
+    """ema ← decay · ema + (1 − decay) · model, of weights and BatchNorm statistics; the decay is
+    smaller during the first steps, while there is little to remember."""
+    decay = min(decay, (1 + step) / (10 + step))
+    for ema, value in zip(ema_model.state_dict().values(), model.state_dict().values()):
+        if ema.is_floating_point():  # not BatchNorm's step counter
+            ema.lerp_(value, 1 - decay)
+
+
+def scale_size(size, factor):
+    """A fraction of an image size, in multiples of 16, from 32 up."""
+    return size if factor == 1 else tuple(max(32, 16 * round(n * factor / 16)) for n in size)
+
+
+def train_size(config, epoch):
+    """Progressive resizing: the first `progressive` of the epochs train on small images, 1/2 size
+    for two thirds of them, 3/4 for the rest; the last epoch always trains at full size. For the
+    same number of pixels UNet reaches a val Dice of 0.891 with it, 0.873 without (two seeds)."""
+    done, progressive = epoch / config["epochs"], config["progressive"]
+    if done > progressive or epoch == config["epochs"]:
+        return config["size"]
+    return scale_size(config["size"], 0.75 if done > progressive * 2 / 3 else 0.5)
+
+
+def epoch_progress(config):
+    """The fraction of the run's pixels that is done before each epoch, from 0.0 to a final 1.0."""
+    pixels = [math.prod(train_size(config, epoch)) for epoch in range(1, config["epochs"] + 1)]
+    return [done / sum(pixels) for done in itertools.accumulate(pixels, initial=0)]
+
+
+# A schedule gives the learning rate from the config, the progress of the run in 0..1, and the val
+# scores of the epochs so far. It has no state of its own, so there is nothing to save.
+
+
+def constant(config, progress, val_scores):
+    """Always the same."""
+    return config["lr"]
+
+
+def cosine(config, progress, val_scores):
+    """Linear warm-up for the fraction `warmup` of the run, then half a cosine down to 0."""
+    warmup = config["warmup"]
+    if progress <= warmup:
+        return config["lr"] * progress / warmup
+    return config["lr"] * 0.5 * (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup)))
+
+
+def plateau(config, progress, val_scores, patience=3):
+    """Halved after more than `patience` epochs without a better val score, as torch's
+    ReduceLROnPlateau does it, but never below 1e-6."""
+    lr, best, bad_epochs = config["lr"], -1.0, 0
+    for score in val_scores:
+        best, bad_epochs = (score, 0) if score > best else (best, bad_epochs + 1)
+        if bad_epochs > patience:
+            lr, bad_epochs = max(lr * 0.5, min(1e-6, config["lr"])), 0
+    return lr
+
+
+def exponential(config, progress, val_scores):
+    """Multiplied by `gamma` after each epoch."""
+    return config["lr"] * config["gamma"] ** len(val_scores)
+
+
+def inverse_sqrt(config, progress, val_scores):
+    """Quadratic warm-up for the fraction `warmup`, then proportional to 1/√progress."""
+    warmup = max(config["warmup"], 0.001)
+    return config["lr"] * min((progress / warmup) ** 2, math.sqrt(warmup / progress))
+
+
+SCHEDULES = {"cosine": cosine, "constant": constant, "plateau": plateau,
+             "exponential": exponential, "inverse_sqrt": inverse_sqrt}
+
+# ------------------------------------------------------------------------------------- optimizers
+
+
+def newton_schulz(matrices, steps=4):
+    """Approximately orthogonalizes (N, rows, columns): singular values go to about 1 (0.7 to 1.2),
+    singular vectors stay. Each step is X ← (a I + b G + c G²) X with the Gram matrix G = X Xᵀ."""
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices  # G is then the smaller of the two possible products
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    identity = torch.eye(x.shape[1], device=x.device)
+    gram, product = x @ x.mT, identity
+    for _ in range(steps):  # on G alone, which is small: P X has the Gram matrix P G P
+        poly = a * identity + b * gram + c * gram @ gram
+        gram, product = poly @ gram @ poly, poly @ product
+    x = product @ x
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, orthogonalized by Newton–Schulz (K. Jordan and others, 2024,
+    https://kellerjordan.github.io/posts/muon/). A convolution's weight is taken as a matrix
+    (out_channels, kernel area · in_channels). Gradients are large in a few directions; after
+    orthogonalization a step is as large in all of them, so rare patterns are learned as fast.
+    UNet after three epochs on the pets: val Dice 0.873, with AdamW 0.847 (two seeds).
+    """
+
+    def __init__(self, params, weight_decay=0.0, momentum=0.95):
+        super().__init__(params, {"lr": 0.0, "weight_decay": weight_decay, "momentum": momentum,
+                                  "parity": 0})
+
+    @torch.no_grad()
+    def step(self):
+        [group] = self.param_groups
+        # even and odd parameters in turns, with twice the learning rate: half the Newton–Schulz
+        # work, PLACEHOLDER
+        group["parity"] = 1 - group["parity"]
+        by_shape = {}  # matrices of one shape are orthogonalized together
+        for i, p in enumerate(group["params"]):
+            buffer = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+            buffer.mul_(group["momentum"]).add_(p.grad)
+            if i % 2 == group["parity"]:
+                update = p.grad.add(buffer, alpha=group["momentum"])  # Nesterov
+                matrix = update.permute(0, 2, 3, 1).flatten(1)  # channels-last: as it lies in memory
+                by_shape.setdefault(matrix.shape, []).append((p, matrix))
+        for (rows, columns), pairs in by_shape.items():
+            params, matrices = zip(*pairs)
+            lr = 2 * group["lr"]
+            scale = lr * math.sqrt(max(1, rows / columns))
+            for p, update in zip(params, newton_schulz(torch.stack(matrices))):
+                weight = p.mul_(1 - lr * group["weight_decay"]).permute(0, 2, 3, 1)
+                weight.sub_(update.view_as(weight), alpha=scale)
+
+
+def make_optimizers(model, config):
+    """The optimizers of a model; each parameter belongs to one of them. The learning rate of a
+    parameter group is that of the schedule times its `lr_scale`."""
+    # fused: one pass over all weights, 7 ms instead of 11 in a step of ResNet34-UNet on two cores
+    if config["optimizer"] != "muon":  # Adam is AdamW without weight decay
+        weight_decay = config["weight_decay"] if config["optimizer"] == "adamw" else 0.0
+        return [torch.optim.AdamW([{"params": model.parameters(), "lr_scale": 1}], fused=True,
+                                  weight_decay=weight_decay)]
+    # Muon is for the matrices between layers: not for the head, biases and batch norms
+    body = [*model.encoder.parameters(), *model.decoder.parameters()]
+    matrices = [p for p in body if p.dim() == 4]
+    others = [p for p in body if p.dim() != 4] + [*model.head.parameters()]
+    return [Muon([{"params": matrices, "lr_scale": 1}], config["weight_decay"]),
+            torch.optim.AdamW([{"params": others, "lr_scale": 0.3}], fused=True, betas=(0.9, 0.99),
+                              weight_decay=0.0)]
+
+
+# --------------------------------------------------------------- faster, same numbers; and export
 
 
 class TransposedConv(nn.ConvTranspose2d):
-    """The 2×2 convolution backwards with stride 2: each pixel becomes four, each of which is a
-    matrix product of its own with the pixel's channels. Written as that one product, a training
-    step of UNet takes 5% less time on two cores than with torch's conv_transpose2d."""
+    """ConvTranspose2d with kernel = stride = 2. The 2×2 output blocks do not overlap, so the layer
+    is one matrix product per pixel; written as F.linear, a training step of UNet is 5% faster on
+    two cores."""
 
     def forward(self, x):
         batch, channels, height, width = x.shape
@@ -104,252 +519,29 @@ class TransposedConv(nn.ConvTranspose2d):
         return y.reshape(batch, 2 * height, 2 * width, out).permute(0, 3, 1, 2)
 
 
-class UpConcat(nn.Module):
-    """One step of a decoder: double the size, put the encoder's `skip` beside it, convolve twice.
-
-    `up` is "transpose" (a learned 2×2 convolution backwards) or "bilinear" (no parameters).
-    """
-
-    def __init__(self, in_channels, skip_channels, out_channels, up="transpose"):
-        super().__init__()
-        if up == "transpose":
-            self.enlarge = TransposedConv(in_channels, out_channels, 2, stride=2)
-            in_channels = out_channels
-        else:
-            self.enlarge = nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False)
-        # convolving the two side by side is convolving each by itself and adding up, without the
-        # copy: a step on two cores takes 2% less time (ResNet34UNet 5%) and 7% less memory
-        self.of_x = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
-        if skip_channels:
-            self.of_skip = nn.Conv2d(skip_channels, out_channels, 3, padding=1, bias=False)
-        self.bn = BatchNorm(out_channels)
-        self.conv = ConvBNReLU(out_channels, out_channels)
-
-    def forward(self, x, skip):
-        def enlarge_and_convolve(x):
-            x = self.enlarge(x)
-            # where an odd side was halved, one row or column is over or missing
-            rows, columns = skip.shape[2] - x.shape[2], skip.shape[3] - x.shape[3]
-            if rows or columns:
-                x = F.pad(x, (0, columns, 0, rows))  # a negative number of rows cuts them off
-            return self.of_x(x)
-
-        x = recomputed(enlarge_and_convolve, x)
-        if skip.shape[1]:
-            x += self.of_skip(skip)
-        return self.conv(F.relu(self.bn(x), inplace=True))
-
-
-# -------------------------------------------------------------------------------------- networks
-
-
-class EncoderDecoder(nn.Module):
-    """What both networks do: go down the encoder, keep each level's output as the skip for the
-    decoder's step at the same size, go up again, end in one score (logit) per class and pixel."""
-
-    def __init__(self, encoder, decoder, channels, classes, dropout):
-        super().__init__()
-        self.encoder = nn.ModuleList(encoder)
-        self.dropout = nn.Dropout(dropout)
-        self.decoder = nn.ModuleList(decoder)
-        self.head = nn.Conv2d(channels, classes, 1)
-        self.recompute = False  # set it to True to train with less memory, more slowly
-        # shapes alone have nothing to draw, and torch would import 800 modules for it: to infer one
-        # picture takes 3.0 s of CPU time instead of 5.1, start included
-        if not self.head.weight.is_meta:
-            initialise(self)
-
-    def forward(self, x):
-        # for a doubling without a skip: a tensor with no channels, (B, 0, H, W), only for its size
-        skips = [x[:, :0]]
-        for stage in self.encoder:
-            x = self.run(stage, x)
-            skips.append(x)
-        x = self.dropout(skips.pop())
-        for up in self.decoder:
-            x = self.run(up, x, skips.pop())
-        return self.head(x)  # (B, classes, H, W)
-
-    def run(self, stage, *inputs):
-        """The output of a stage. With `recompute` nothing inside it is kept: the backward pass runs
-        it a second time, on a copy of the batch norms' statistics, so that they move only once."""
-        if not (self.recompute and self.training):
-            return stage(*inputs)
-        statistics = [{name: each.clone() for name, each in stage.named_buffers()}, {}]
-        return checkpoint(lambda *again: functional_call(stage, statistics.pop(), again), *inputs,
-                          use_reentrant=False, preserve_rng_state=False)
-
-
-class UNet(EncoderDecoder):
-    """U-Net with five levels, 64-128-256-512-1024 channels at width 64: 31,037,633 parameters.
-
-    Two changes to the paper (Ronneberger, Fischer, Brox 2015, https://arxiv.org/abs/1505.04597,
-    figure 1): batch norm after each convolution, where it has none, and padding 1, where it crops,
-    so that output and input are of one size.
-    """
-
-    def __init__(self, in_channels=3, classes=1, width=64, up="transpose", dropout=0.0):
-        c1, c2, c3, c4, c5 = (width * 2**level for level in range(5))
-        encoder = [
-            DoubleConv(in_channels, c1),                             # (B,   64, H,    W)
-            nn.Sequential(MaxPool(2), DoubleConv(c1, c2)),           # (B,  128, H/2,  W/2)
-            nn.Sequential(MaxPool(2), DoubleConv(c2, c3)),           # (B,  256, H/4,  W/4)
-            nn.Sequential(MaxPool(2), DoubleConv(c3, c4)),           # (B,  512, H/8,  W/8)
-            nn.Sequential(MaxPool(2), DoubleConv(c4, c5)),           # (B, 1024, H/16, W/16)
-        ]
-        decoder = [
-            UpConcat(c5, c4, c4, up),                                # (B,  512, H/8,  W/8)
-            UpConcat(c4, c3, c3, up),                                # (B,  256, H/4,  W/4)
-            UpConcat(c3, c2, c2, up),                                # (B,  128, H/2,  W/2)
-            UpConcat(c2, c1, c1, up),                                # (B,   64, H,    W)
-        ]
-        super().__init__(encoder, decoder, c1, classes, dropout)
-
-
-def residual_stage(in_channels, out_channels, blocks, stride):
-    """`blocks` BasicBlocks in a row, the first of which changes size and channels."""
-    first = BasicBlock(in_channels, out_channels, stride)
-    return [first] + [BasicBlock(out_channels, out_channels) for _ in range(blocks - 1)]
-
-
-class ResNet34UNet(EncoderDecoder):
-    """The convolutions of ResNet-34 (21,284,672 parameters at width 64) under a U-Net's decoder.
-
-    The encoder is that of He, Zhang, Ren, Sun 2015 (https://arxiv.org/abs/1512.03385, figure 3 and
-    table 1) to the last detail, less its average pool and classifier; the decoder's last doubling
-    has no skip, for none is that large.
-    """
-
-    def __init__(self, in_channels=3, classes=1, width=64, up="transpose", dropout=0.0):
-        c1, c2, c3, c4 = (width * 2**level for level in range(4))
-        pool = MaxPool(3, stride=2, padding=1)
-        encoder = [
-            ConvBNReLU(in_channels, c1, kernel=7, stride=2),         # (B,  64, H/2,  W/2)
-            nn.Sequential(pool, *residual_stage(c1, c1, 3, 1)),      # (B,  64, H/4,  W/4)
-            nn.Sequential(*residual_stage(c1, c2, 4, 2)),            # (B, 128, H/8,  W/8)
-            nn.Sequential(*residual_stage(c2, c3, 6, 2)),            # (B, 256, H/16, W/16)
-            nn.Sequential(*residual_stage(c3, c4, 3, 2)),            # (B, 512, H/32, W/32)
-        ]
-        half = max(1, c1 // 2)
-        decoder = [
-            UpConcat(c4, c3, c3, up),                                # (B, 256, H/16, W/16)
-            UpConcat(c3, c2, c2, up),                                # (B, 128, H/8,  W/8)
-            UpConcat(c2, c1, c1, up),                                # (B,  64, H/4,  W/4)
-            UpConcat(c1, c1, c1, up),                                # (B,  64, H/2,  W/2)
-            UpConcat(c1, 0, half, up),                               # (B,  32, H,    W)
-        ]
-        super().__init__(encoder, decoder, half, classes, dropout)
-
-
-def convolutions(block):
-    """The convolutions whose sum goes into the batch norm of a ConvBN or an UpConcat."""
-    return [part for part in block.children() if isinstance(part, nn.Conv2d)]
-
-
-def initialise(network):
-    """He's initialisation (https://arxiv.org/abs/1502.01852): weights of variance 2 / (number of
-    inputs to one output) keep the signal's size through any number of ReLU layers. The last batch
-    norm of a residual block starts at zero, so that each block starts as the identity
-    (https://arxiv.org/abs/1706.02677, section 5.1)."""
-    for module in reversed(list(network.modules())):  # what is inside before what is around it
-        if isinstance(module, (nn.Conv2d, TransposedConv)):
-            # an output of a transposed convolution has one tap of each channel
-            taps = 1 if isinstance(module, TransposedConv) else math.prod(module.kernel_size)
-            nn.init.normal_(module.weight, std=math.sqrt(2 / (module.in_channels * taps)))
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, UpConcat):  # two convolutions add up to one output
-            parts = convolutions(module)
-            for part in parts:
-                part.weight.data *= math.sqrt(part.in_channels / sum(p.in_channels for p in parts))
-        elif isinstance(module, BasicBlock):
-            nn.init.zeros_(module.conv2.bn.weight)
-
-
-def folded(network, dtype=torch.float32):
-    """A copy that predicts faster: each batch norm, by now a fixed scale and shift, becomes part of
-    the convolution before it: γ (w ∗ x − μ) / σ + β = (γ w / σ) ∗ x + (β − γ μ / σ)."""
-    network = copy.deepcopy(network).eval().requires_grad_(False)
-    for block in network.modules():
-        if isinstance(block, (ConvBN, UpConcat)):
-            bn, convs = block.bn, convolutions(block)
+def fuse_conv_bn(model, dtype=torch.float32):
+    """A copy for inference: in eval mode a batch norm is a fixed scale and shift, which the
+    convolution before it can do: γ (w ∗ x − μ) / σ + β = (γ w / σ) ∗ x + (β − γ μ / σ)."""
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    for block in model.modules():
+        if isinstance(block, ConvBN):
+            bn, conv = block.bn, block.conv
             scale = bn.weight / torch.sqrt(bn.running_var + bn.eps)
-            for conv in convs:
-                conv.weight.mul_(scale.view(-1, 1, 1, 1))
-            convs[0].bias = nn.Parameter(bn.bias - bn.running_mean * scale, requires_grad=False)
+            conv.weight.mul_(scale.view(-1, 1, 1, 1))
+            conv.bias = nn.Parameter(bn.bias - bn.running_mean * scale, requires_grad=False)
             block.bn = nn.Identity()
-    return network.to(dtype)
+    return model.to(dtype)
 
 
-def probabilities(logits):
-    """Logits (B, C, H, W) to the probability of each class, with one logit to that of class 1."""
-    return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(dim=1)
+class ExportModel(nn.Module):
+    """A model for use without petseg: normalizes images (B, 3, H, W) in 0..1, returns
+    probabilities."""
 
-
-class Portable(nn.Module):
-    """A network as it is taken elsewhere: with the normalisation of its pictures before it, which
-    are (B, 3, H, W) in 0..1, and probabilities instead of logits behind it."""
-
-    def __init__(self, network, mean, std):
+    def __init__(self, model, mean, std):
         super().__init__()
-        self.network = network
+        self.model = model
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1))
 
     def forward(self, images):
-        return probabilities(self.network((images - self.mean) / self.std))
-
-
-MODELS = {"unet": UNet, "resnet34_unet": ResNet34UNet}
-
-# ---------------------------------------------------------------------------------------- losses
-# logits (B, C, H, W) of any size; target (B, H, W) holds class numbers, and `ignore` where a pixel
-# is not to count. C = 1 means two classes by one logit: the sigmoid of z is the probability of 1.
-
-
-def finite(logits):
-    """Logits in fp32, infinite ones made finite: inf − inf would be nan."""
-    return logits.float().clamp(-1e5, 1e5)
-
-
-def bce_loss(logits, target, weights=None, ignore=255):
-    """Mean of −log p(right class) over the pixels that count: (binary) cross-entropy. A pixel
-    counts as much as the weight of its class.
-
-    One logit: −y log σ(z) − (1 − y) log(1 − σ(z)) = log(1 + exp((1 − 2y) z)), y in {0, 1}.
-    Several:   log Σ_c exp(z_c) − z_y. Neither form overflows, however large a logit is.
-    """
-    logits, counts = finite(logits), target != ignore
-    right = torch.where(counts, target, 0).long()                    # (B, H, W)
-    if logits.shape[1] == 1:
-        loss = F.softplus((1 - 2 * right) * logits[:, 0])
-    else:
-        loss = logits.logsumexp(dim=1) - logits.gather(1, right.unsqueeze(1)).squeeze(1)
-    if weights is not None:
-        counts = counts * weights[right]
-    return (loss * counts).sum() / counts.sum().clamp(min=1e-6)
-
-
-def dice_loss(logits, target, weights=None, ignore=255, smooth=1.0):
-    """1 − soft Dice, mean over images and classes (https://arxiv.org/abs/1606.04797), of which each
-    counts alike, whatever their `weights`.
-
-    Dice = (2 Σ p y + s) / (Σ p + Σ y + s), summed over an image's pixels that count;
-    s = 1 makes an empty prediction of an empty mask right, and the gradient there finite.
-    """
-    p = probabilities(finite(logits))
-    first = 1 if p.shape[1] == 1 else 0  # with one logit the background has no channel of its own
-    classes = torch.arange(first, first + p.shape[1], device=p.device).view(1, -1, 1, 1)
-    y = target.unsqueeze(1) == classes                               # (B, C, H, W)
-    p = torch.where(target.unsqueeze(1) != ignore, p, 0)
-    overlap = (p * y).sum(dim=(2, 3))                                # (B, C)
-    total = p.sum(dim=(2, 3)) + y.sum(dim=(2, 3))
-    return 1 - ((2 * overlap + smooth) / (total + smooth)).mean()
-
-
-def bce_dice_loss(logits, target, weights=None):
-    """BCE + Dice: the first pulls every pixel, the second the figure that is scored."""
-    return bce_loss(logits, target, weights) + dice_loss(logits, target)
-
-
-LOSSES = {"bce_dice": bce_dice_loss, "bce": bce_loss, "dice": dice_loss}
+        return probabilities(self.model((images - self.mean) / self.std))
