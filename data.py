@@ -702,30 +702,34 @@ def unique_names(names):
     return result
 
 
+class Check(NamedTuple):
+    """What `verify` says of a split."""
+    errors: list           # a line for each image that cannot be used
+    notes: list            # what was read in a way that one might not expect
+    fractions: np.ndarray  # of the pixels, by class
+
+
 def verify(dataset):
-    """Reads every image and mask: {split: (errors, notes, how many pixels of 32×32 an image have
-    each target)}."""
+    """Reads every image and mask: {split: Check}."""
     def inspect(sample):
-        image, labels = read_pair(sample, (32, 32))
-        target = labels_to_target(torch.from_numpy(labels))
-        notes = []
+        labels, notes = read_pair(sample, (32, 32))[1], []
         with open_image(sample.image) as image:
             if image.mode.startswith("I"):
                 notes.append(f"16-bit images, white at {full_scale(np.max(image), image.mode)}")
         if sample.classes is None and between_dark_and_light(read_mask_values(sample.mask)).any():
             notes.append("masks with blurred edges, cut at 128")
-        return notes, torch.bincount(target.flatten(), minlength=256).numpy()
+        return notes, np.bincount(labels_to_target(torch.from_numpy(labels)).flatten(),
+                                  minlength=256)
 
     result = {}
     for split, samples in dataset.splits.items():
-        errors, notes, pixels = [], Counter(), np.zeros(256, np.int64)
-        for found in progress(parallel_map(inspect, samples), f"check {split}", len(samples)):
-            if isinstance(found, UserError):
-                errors.append(str(found))
-            else:
-                notes.update(found[0])
-                pixels += found[1]
-        result[split] = errors, [f"{count} {note}" for note, count in notes.items()], pixels
+        found = list(progress(parallel_map(inspect, samples), f"check {split}", len(samples)))
+        errors = [str(each) for each in found if isinstance(each, UserError)]
+        good = [each for each in found if not isinstance(each, UserError)]
+        notes = Counter(note for some, _ in good for note in some)
+        pixels = sum(counts for _, counts in good)[:IGNORE_INDEX] if good else np.ones(1)
+        result[split] = Check(errors, [f"{n} {note}" for note, n in notes.items()],
+                              pixels / max(pixels.sum(), 1))
     return result
 
 
@@ -938,7 +942,7 @@ class StatusLine:
         self.last = time.monotonic()
 
     def due(self):
-        return RANK == 0 and time.monotonic() - self.last > (0.2 if self.terminal else 30)
+        return on_rank0() and time.monotonic() - self.last > (0.2 if self.terminal else 30)
 
     def show(self, text, final=False):
         self.last = time.monotonic()
@@ -946,7 +950,9 @@ class StatusLine:
         print(start + text, file=sys.stderr, flush=True, end=end)
 
 
-RANK = int(os.environ.get("RANK", 0))  # as torchrun sets it: rank 0 alone talks
+def on_rank0():
+    """Whether this process is torchrun's rank 0, or alone: only that one talks."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def progress(items, title, total, done=0, unit="images", scale=1, size=lambda item: 1):
@@ -960,7 +966,7 @@ def progress(items, title, total, done=0, unit="images", scale=1, size=lambda it
             left = f" of {total / scale:,.0f}" * bool(total), total and (total - done) / speed
             line.show(f"{title}: {done / scale:,.0f}{left[0]} {unit}, {speed / scale:,.1f} {unit}/s"
                       + (f", {format_time(left[1])} left" if total else ""))
-    if RANK == 0:
+    if on_rank0():
         line.show(f"{title}: {done / scale:,.0f} {unit}, {format_time(time.monotonic() - start)}",
                   final=True)
 

@@ -1,8 +1,7 @@
 """petseg.py: the loops and the command line.
 
-Read `train_step` and `train` first; what they call stands in layers.py, in data.py, or below in the
-order of its use. Then one function per subcommand. On two CPU cores with bfloat16 (AMD EPYC, torch
-2.13, seed 0) `train unet --data pets --epochs 11` reaches a val Dice of 0.91 in 4:17.
+Read `train_step` and `train` first; what they call stands in layers.py, in data.py, or below. On
+two cores of an AMD EPYC `train unet --data pets --epochs 11` takes 4:17 to a val Dice of 0.91.
 """
 import argparse
 import os
@@ -12,113 +11,105 @@ from pathlib import Path
 
 # --------------------------------------------------------------------------------------- options
 
+PROGRAM = os.environ.get("PETSEG_PROGRAM") or f"python {sys.argv[0]}"  # as the user typed it
+DEFAULT_CKPT = Path(__file__).with_name("weights") / "unet.pt"
+PETS_URL = "https://www.robots.ox.ac.uk/~vgg/data/pets/data/"
+MODELS = ("unet", "resnet34_unet")
+AUGMENT_BOUNDS = {"flip": (0, 1), "vflip": (0, 1), "rotate": (0, 180), "zoom": (1, 10),
+                  "aspect": (1, 3), "shift": (0, 1), "brightness": (0, 1), "contrast": (0, 1),
+                  "saturation": (0, 1), "cutmix": (0, 1)}
+FULL = {"flip": 0.5, "rotate": 20, "zoom": 1.4, "shift": 0.1, "brightness": 0.3, "contrast": 0.3,
+        "saturation": 1.0}
+AUGMENT_PRESETS = {"none": {}, "flip": {"flip": 0.5}, "full": FULL,
+                   "strong": FULL | {"zoom": 1.7, "aspect": 1.16, "cutmix": 0.5}}
+
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
 
     def error(self, message):
-        self.exit(2, f"petseg: {message}; see {PROGRAM} {' '.join(self.prog.split()[1:])} --help\n")
+        self.exit(2, f"petseg: {message}; see {' '.join([PROGRAM, *self.prog.split()[1:]])} -h\n")
 
 
-def number(kind, low, high=1e30):
-    """The type of an option: a number, int or float, within bounds."""
+def number(kind, low, high=float("inf")):
+    """The type of an option: an int or float within bounds."""
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = float("nan")
+        value = kind(text)
         if not low <= value <= high:
-            expected = f"a{' whole' * (kind is int)} number from {low}"
-            expected += f" to {high}" if high < 1e30 else " up"
-            raise argparse.ArgumentTypeError(f"expected {expected}, not {text!r}")
+            raise argparse.ArgumentTypeError(f"expected {low} to {high}, not {text}")
         return value
+    parse.__name__ = kind.__name__
     return parse
-
-
-AUGMENT_BOUNDS = {"flip": (0, 1), "vflip": (0, 1), "rotate": (0, 180), "zoom": (1, 10),
-                  "aspect": (1, 3), "shift": (0, 1), "brightness": (0, 1), "contrast": (0, 1),
-                  "saturation": (0, 1), "cutmix": (0, 1)}
-AUGMENT_PRESETS = {"none": {}, "flip": {"flip": 0.5},
-                   "full": {"flip": 0.5, "rotate": 20, "zoom": 1.4, "shift": 0.1,
-                            "brightness": 0.3, "contrast": 0.3, "saturation": 1.0}}
-AUGMENT_PRESETS["strong"] = AUGMENT_PRESETS["full"] | {"zoom": 1.7, "aspect": 1.16, "cutmix": 0.5}
 
 
 def parse_augment(text):
     """--augment as {name: strength}: a preset, or strengths as in rotate=15,flip=0.5."""
     if text in AUGMENT_PRESETS:
         return AUGMENT_PRESETS[text]
-    strengths = {}
-    for part in text.split(","):
-        name, _, value = part.partition("=")
-        if name not in AUGMENT_BOUNDS:
-            raise argparse.ArgumentTypeError(
-                f"expected {', '.join(AUGMENT_PRESETS)}, or some of {', '.join(AUGMENT_BOUNDS)} as "
-                f"in rotate=15,flip=0.5, not {text!r}")
-        strengths[name] = number(float, *AUGMENT_BOUNDS[name])(value)
-    return strengths
+    strengths = dict(part.partition("=")[::2] for part in text.split(","))
+    if strengths.keys() - AUGMENT_BOUNDS.keys():
+        raise argparse.ArgumentTypeError(
+            f"expected {', '.join(AUGMENT_PRESETS)}, or some of {', '.join(AUGMENT_BOUNDS)} as in "
+            f"rotate=15,flip=0.5, not {text!r}")
+    return {name: number(float, *AUGMENT_BOUNDS[name])(value) for name, value in strengths.items()}
 
 
 def image_size(text):
     """--size as (height, width): S, or HxW."""
-    sides = [int(word) if word.isdecimal() else 0 for word in text.lower().split("x")]
+    sides = [int(word) if word.isdecimal() else 0 for word in text.split("x")]
     if len(sides) > 2 or not all(32 <= side <= 2**15 for side in sides):
         raise argparse.ArgumentTypeError(f"expected a side from 32 to {2**15} as in 128, or height "
                                          f"and width as in 256x512, not {text!r}")
     return sides[0], sides[-1]
 
 
-PROGRAM = os.environ.get("PETSEG_PROGRAM") or f"python {sys.argv[0]}"  # as the user typed it
-DEFAULT_CKPT = Path(__file__).with_name("weights") / "unet.pt"
-PETS_URL = "https://www.robots.ox.ac.uk/~vgg/data/pets/data/"
-POSITIVE, NON_NEGATIVE, FRACTION = number(int, 1, 2**31), number(float, 0), number(float, 0, 1)
-# Every option: default, type or choices, help. First those of a run, which make up its config; a
-# default of None depends on machine and data, see `resolve_config`. To add one, add a line here and
-# read config["NAME"] where it matters.
+COUNT, AMOUNT, FRACTION = number(int, 1, 2**31), number(float, 0), number(float, 0, 1)
+# Every option: default, type or choices, help. First those of a run, its config; a default of None
+# depends on machine and data, see `resolve_config`. To add one, add a line here and read
+# config["NAME"] where it matters.
 OPTIONS = {
     "data": ("auto", str, "auto (the pets, or else toy pets), pets, toy, or a folder"),
     "root": ("data", str, "where downloaded data and the cache are kept"),
-    "epochs": (None, POSITIVE, "passes over the training images: 20; unet on toys 16"),
-    "batch_size": (None, POSITIVE, "of all processes together: 16, or 32 on a GPU"),
+    "epochs": (None, COUNT, "passes over the training images: 20; unet on toys 16"),
+    "batch_size": (None, COUNT, "of all processes together: 16, or 32 on a GPU"),
     "size": (None, image_size, "image size, S or HxW: 128, or 256 on a GPU"),
-    "width": (None, POSITIVE, "channels of the first level: 64 on a GPU, else 16 (unet) or 32"),
+    "width": (None, COUNT, "channels of the first level: 64 on a GPU, else 16 (unet) or 32"),
     "upsample": ("transpose", ("transpose", "bilinear"), "how the decoder upsamples"),
-    "init_from": (None, str, "a best.pt whose weights to start from, instead of random ones"),
+    "init_from": (None, str, "a best.pt to start from, instead of random weights"),
     "dropout": (0.0, FRACTION, "at the bottom of the U"),
     "loss": ("bce_dice", ("bce_dice", "bce", "dice"), "the loss"),
     "optimizer": ("muon", ("muon", "adamw", "adam"), "the optimizer"),
-    "lr": (None, NON_NEGATIVE, "peak learning rate: 0.02 for muon, else 0.004"),
-    "weight_decay": (0.005, NON_NEGATIVE, "decoupled weight decay (not for adam)"),
+    "lr": (None, AMOUNT, "peak learning rate: 0.02 for muon, else 0.004"),
+    "weight_decay": (0.005, AMOUNT, "decoupled weight decay (not for adam)"),
     "schedule": ("cosine", ("cosine", "constant", "plateau", "exponential", "inverse_sqrt"),
                  "learning-rate schedule"),
     "warmup": (0.15, FRACTION, "fraction of the run that warms up, for cosine and inverse_sqrt"),
     "gamma": (0.99, FRACTION, "factor per epoch, for exponential"),
-    "grad_clip": (1.0, NON_NEGATIVE, "largest gradient norm, 0 for no limit"),
-    "grad_accum": (1, POSITIVE, "batches per optimizer step"),
-    "ema": (0.99, FRACTION, "decay of the weights' EMA, 0 for none"),
+    "grad_clip": (1.0, AMOUNT, "largest gradient norm, 0 for no limit"),
+    "grad_accum": (1, COUNT, "batches per optimizer step"),
+    "ema": (0.99, FRACTION, "decay of the EMA of the weights, 0 for none"),
     "augment": (None, parse_augment, "full (toys: flip; from 100 epochs on: strong), none, or "
                 "strengths as in rotate=15,flip=0.5"),
     "augment_prob": (1.0, FRACTION, "probability that an image is augmented"),
     "progressive": (0.85, FRACTION, "fraction of the epochs that train on smaller images"),
-    "repeat": (1, POSITIVE, "times that an image appears in an epoch"),
+    "repeat": (1, COUNT, "times that an image appears in an epoch"),
     "border": ("foreground", ("foreground", "background", "ignore", "random", "class"),
-               "the trimap's border in training; class: a class of its own"),
+               "what a trimap's border is in training; class: a class of its own"),
     "classes": ("pet", ("pet", "species"), "of the pets: pet, or cat and dog"),
     "cityscapes_classes": ("19", ("19", "30"), "those that are scored, or all"),
-    "class_weights": ("auto", ("auto", "none", "inverse", "sqrt"), "in the cross-entropy: none, 1 "
-                      "over a class's fraction of the pixels, or the root of that; auto: sqrt for "
-                      "more than two classes"),
+    "class_weights": ("auto", ("auto", "none", "inverse", "sqrt"), "in the cross-entropy: inverse "
+                      "class frequency, its root, or auto: sqrt for more than two classes"),
     "compile": (False, bool, "use torch.compile"),
     "grad_checkpoint": (False, bool, "gradient checkpointing: less memory, a quarter more time"),
     "precision": ("auto", ("auto", "bf16", "fp32"), "auto: bfloat16 where the hardware has it"),
     "seed": (0, number(int, 0, 2**63 - 1), "of every random draw"),
     "save_every": (0, number(int, 0), "also keep a numbered checkpoint every so many epochs"),
-    "checkpoint_minutes": (5.0, NON_NEGATIVE, "save last.pt within an epoch too; 0 for never"),
-    "threads": (None, POSITIVE, "CPU threads: OMP_NUM_THREADS, or the cores of this process"),
+    "checkpoint_minutes": (5.0, AMOUNT, "save last.pt within an epoch too; 0 for never"),
+    "threads": (None, COUNT, "CPU threads: OMP_NUM_THREADS, or the cores of this process"),
 }
 OTHER_OPTIONS = {
     "json": (False, bool, "end with the result as one JSON object"),
-    "name": (None, str, "the run's name: its folder in --out; where it is there, the run goes on"),
+    "name": (None, str, "the run's folder in --out; if it is there, the run goes on"),
     "resume": (None, str, "go on with the run in this folder"),
     "out": (None, str, "where the results go"),
     "ckpt": (DEFAULT_CKPT, Path, "the best.pt of a run, or the run's folder"),
@@ -128,11 +119,11 @@ OTHER_OPTIONS = {
     "url": (PETS_URL, str, "a mirror to download the pets from"),
     "split": ("test", ("train", "val", "test"), "the split to score"),
     "save": (None, str, "some of mask,overlay,cutout,panel"),
-    "max_pixels": (50_000_000, POSITIVE, "images with more pixels are refused"),
+    "max_pixels": (50_000_000, COUNT, "images with more pixels are refused"),
     "skip_existing": (False, bool, "leave out images whose results are there already"),
-    "trainval": (400, POSITIVE, "toys to train with"),
-    "test": (100, POSITIVE, "toys to test with"),
-    "rounds": (3, POSITIVE, "measurements of each variant, of which the median"),
+    "trainval": (400, COUNT, "toys to train with"),
+    "test": (100, COUNT, "toys to test with"),
+    "rounds": (3, COUNT, "measurements of each variant, of which the median"),
     "only": (None, str, argparse.SUPPRESS),
 }
 
@@ -158,30 +149,26 @@ def command_line():
 
     source = ("data", "root", "url", "max_pixels")
     model = ("ckpt", "threshold", "tta", "device", "threads", "precision", *source)
-    add = command("train", "train from scratch, score the test split, draw the curves", "name",
-                  "resume", "out", "device", "url", "max_pixels", *OPTIONS, out="runs")
-    add("model", nargs="?", choices=("unet", "resnet34_unet"))
-    command("eval", "score a split; per-breed table; gallery of the worst images",
-            *model, "split", "out", out="evaluation")
-    add = command("infer", "masks, overlays, cut-outs of images, or of the test split",
-                  *model, "save", "skip_existing", "out", out="predictions")
-    add("images", nargs="*", metavar="IMAGE|FOLDER")
-    add = command("compare", "the curves of several runs in one picture, and a table",
-                  "out", out="compare.png")
-    add("runs", nargs="+", metavar="RUN")
-    add = command("data", "fetch, verify, or draw the data", *source, "classes",
-                  "cityscapes_classes", "trainval", "test", "seed",
-                  root="data", seed=0, classes="pet", cityscapes_classes="19")
-    add("action", nargs="?", choices=("get", "check", "toy"), default="check")
-    add = command("summary", "a table of layers: shape, parameters, multiply-adds",
-                  "size", "width", "upsample", size=(256, 256), width=64, upsample="transpose")
-    add("model", choices=("unet", "resnet34_unet"))
-    command("export", "a model as one file for use without petseg: .pt2 (torch) or .onnx",
-            "ckpt", "out", out="model.pt2")
-    add = command("bench", "images per second and peak memory: the plain loop against this one",
-                  *source, "device", "threads", "precision", "size", "width", "batch_size",
-                  "grad_checkpoint", "rounds", "only", data="toy")
-    add("model", choices=("unet", "resnet34_unet"))
+    command("train", "train from scratch, score the test split, draw the curves", "name", "resume",
+            "out", "device", "url", "max_pixels", *OPTIONS, out="runs")(
+        "model", nargs="?", choices=MODELS)
+    command("eval", "score a split; per-breed table; gallery of the worst images", *model, "split",
+            "out", out="evaluation")
+    command("infer", "masks, overlays, cut-outs of images, or of the test split", *model, "save",
+            "skip_existing", "out", out="predictions")("images", nargs="*", metavar="IMAGE|FOLDER")
+    command("compare", "the curves of several runs in one picture, and a table", "out",
+            out="compare.png")("runs", nargs="+", metavar="RUN")
+    command("data", "fetch, verify, or draw the data", *source, "classes", "cityscapes_classes",
+            "trainval", "test", "seed", root="data", seed=0, classes="pet",
+            cityscapes_classes="19")(
+        "action", nargs="?", choices=("get", "check", "toy"), default="check")
+    command("summary", "a table of layers: shape, parameters, multiply-adds", "size", "width",
+            "upsample", size=(256, 256), width=64, upsample="transpose")("model", choices=MODELS)
+    command("export", "a model as one file for use without petseg: .pt2 (torch) or .onnx", "ckpt",
+            "out", out="model.pt2")
+    command("bench", "images per second and peak memory: the plain loop against this one", *source,
+            "device", "threads", "precision", "size", "width", "batch_size", "grad_checkpoint",
+            "rounds", "only", data="toy")("model", choices=MODELS)
     return parser
 
 
@@ -194,7 +181,6 @@ import csv
 import ctypes
 import errno
 import importlib.util
-import io
 import json
 import logging
 import math
@@ -230,22 +216,21 @@ except ImportError:  # not on Windows
 def train_step(config, model, optimizers, train_set, indices, epoch, step, class_weights=None):
     """One optimizer step on the images `indices`, a micro-batch at a time. Returns the sums of
     (loss, images, Dice, IoU) over the images and the pixel counts (C, 3), or None where the
-    gradients were not finite and the step was skipped. Every random draw depends on (seed, epoch,
+    gradients are not finite and the step is skipped. Every random draw depends on (seed, epoch,
     step, rank) alone."""
     device, classes = next(model.parameters()).device, len(config["class_names"])
-    size = layers.train_size(config, epoch)
+    size, seed = layers.train_size(config, epoch), config["seed"]
     sums = torch.zeros(4, device=device)
     counts = torch.zeros(classes, 3, dtype=torch.long, device=device)
     bn_stats = [buffer.clone() for buffer in model.buffers()]
-    torch.manual_seed(data.seeded_generator("dropout", config["seed"], epoch, step,
-                                            rank()).initial_seed())
+    torch.manual_seed(data.seeded_generator("dropout", seed, epoch, step, rank()).initial_seed())
     for micro_step, batch in enumerate(indices.split(config["batch_size"])):
         batch = batch[rank()::world_size()]  # each rank takes its share
         images, labels = data.get_batch(train_set, batch, device)
-        if not len(batch):  # the last batch was too small for this rank: it contributes zeros
+        if not len(batch):  # the last batch is too small for this rank: it contributes zeros
             model(images).sum().backward()
             continue
-        rng = data.seeded_generator("augment", config["seed"], epoch, step, micro_step, rank())
+        rng = data.seeded_generator("augment", seed, epoch, step, micro_step, rank())
         if config["augment"] or size != config["size"]:
             images, labels = data.augment(images, labels, rng, size, config["augment_prob"],
                                           **config["augment"])
@@ -269,18 +254,17 @@ def train_step(config, model, optimizers, train_set, indices, epoch, step, class
         if finite:
             optimizer.step()
         optimizer.zero_grad()
-    if not finite:
-        for buffer, value in zip(model.buffers(), bn_stats):
-            buffer.copy_(value)
-        return None
-    return all_reduce(sums), all_reduce(counts)
+    if finite:
+        return all_reduce(sums), all_reduce(counts)
+    for buffer, before in zip(model.buffers(), bn_stats):
+        buffer.copy_(before)
 
 
 def train(args):
     """Trains a model from scratch, or goes on with a run; then scores the test split."""
     device = setup_device(args)
     folder, config, last = broadcast_object(open_run(args, device) if rank() == 0 else None)
-    if config is None:
+    if not config:
         return print_result(args, f"{folder} is finished; --epochs prolongs it, another --name "
                             "begins a new run", last)
 
@@ -289,8 +273,7 @@ def train(args):
         dataset = load_dataset(config, args.url)
         train_set = open_split(dataset, "train", config)
         val_set = open_split(dataset, "val", config)
-    config |= {"random_split": dataset.random_split, "class_names": class_names(dataset, config),
-               **environment_info(device)}
+    config |= {"random_split": dataset.random_split, "class_names": dataset.class_names}
     class_weights = layers.class_weights(
         config["class_weights"], class_frequencies(dataset, train_set, config)).to(device)
     train_set = data.to_gpu(train_set, device)
@@ -313,7 +296,7 @@ def train(args):
         restore(run, model, ema_model, optimizers, last, folder)
     run.sums, run.counts = run.sums.to(device), run.counts.to(device)
     images_per_step = config["batch_size"] * config["grad_accum"]
-    progress, metric = layers.epoch_progress(config), main_metric(config["class_names"])
+    progress, metric = layers.epoch_progress(config), main_metric(config)
     checkpoint = folder, run, config, model, ema_model, optimizers
     saved = save_last(*checkpoint)  # at once, so that a full disk shows now
     log_start(folder, config, resumed=bool(last))
@@ -328,7 +311,8 @@ def train(args):
         model.train()
         for step in range(run.step, len(steps)):
             overdue = time.monotonic() - saved > 60 * (config["checkpoint_minutes"] or math.inf)
-            signum, overdue = all_reduce_max(max(signals, default=0), overdue)
+            signum, overdue = all_reduce(torch.tensor([max(signals, default=0), overdue]),
+                                         dist.ReduceOp.MAX).tolist()  # all ranks do the same
             if signum or overdue:
                 run.step, run.seconds = step, time.monotonic() - start
                 saved = save_last(*checkpoint)
@@ -337,7 +321,7 @@ def train(args):
                     f"--resume {shlex.quote(str(folder))}")
                 raise SystemExit(128 + signum)
 
-            done = before + (after - before) * (step + 0.5) / len(steps)  # half of this step is
+            done = before + (after - before) * (step + 0.5) / len(steps)  # half of this step
             lr = layers.SCHEDULES[config["schedule"]](config, done, val_scores)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
@@ -350,23 +334,22 @@ def train(args):
                 if config["ema"]:
                     layers.update_ema(ema_model, model, config["ema"],
                                       (run.epoch - 1) * len(steps) + step)
-            else:
-                run.skipped += 1
-                check_skipped(run, folder)
+            run.skipped += not result
+            if run.skipped > MAX_SKIPPED_STEPS:
+                abort_run(folder, run, f"{run.skipped} steps had infinite gradients")
             if status.due():
                 seconds = time.monotonic() - start
-                left = seconds / (done - before) * (1 - done)
                 status.show(f"epoch {run.epoch}/{config['epochs']}  step {step + 1}/{len(steps)}  "
-                            f"loss {run.sums[0] / run.sums[1]:.4f}  {(step + 1) * images_per_step / seconds:.0f} "
-                            f"images/s  {data.format_time(left)} left")
+                            f"loss {run.sums[0] / run.sums[1]:.4f}  "
+                            f"{data.format_time(seconds / (done - before) * (1 - done))} left")
 
         seconds = time.monotonic() - start
         predictor = Predictor(ema_model, config)
-        val_loss, val_counts = evaluate(predictor, val_set, config["loss"], class_weights)
-        row = epoch_metrics(run, config, val_loss, val_counts, lr, seconds, len(order))
+        val = evaluate(predictor, val_set, config["loss"], class_weights)
+        row = epoch_metrics(folder, run, config, val, lr, seconds)
         best = all(row[f"val_{metric}"] > score for score in val_scores)
-        run.history.append(row)
         log_epoch(row, config, best)
+        run.history.append(row)
         if rank() == 0:
             # last.pt comes last: killed before it, the epoch is done again and writes the same
             if best or not (folder / "best.pt").exists():
@@ -391,13 +374,13 @@ def train(args):
 
 def evaluate(predictor, split, loss="bce_dice", class_weights=None, batch_size=32):
     """Predicts every image of a split: (mean loss, pixel counts of each image (N, C, 3))."""
-    n, classes, device = len(split.names), len(predictor.config["class_names"]), predictor.device
-    loss_sum = torch.zeros((), device=device)
+    n, config, device = len(split.names), predictor.config, predictor.device
+    classes, loss_sum = len(config["class_names"]), torch.zeros((), device=device)
     counts = torch.zeros(n, classes, 3, dtype=torch.long, device=device)
     for start in range(rank(), n, batch_size * world_size()):
         shard = slice(start, start + batch_size * world_size(), world_size())
         images, labels = data.get_batch(split, torch.arange(n)[shard], device)
-        target, logits = eval_target(predictor.config, labels), predictor(images)
+        target, logits = eval_target(config, labels), predictor(images)
         loss_sum += layers.LOSSES[loss](logits, target, class_weights) * len(images)
         mask = layers.predict_mask(layers.probabilities(logits), predictor.threshold)
         counts[shard] = layers.count_pixels(mask, target, classes)
@@ -410,48 +393,28 @@ def eval_target(config, labels):
     return data.labels_to_target(labels, border, classes=len(config["class_names"]))
 
 
-# -------------------------------------------------------------- what train does besides the loop
-
-MAX_SKIPPED_STEPS = 10  # in an epoch, before the run is aborted
+# ------------------------------------------------------------------- what train and evaluate call
 
 
 def setup_device(args):
-    """The device asked for, or the best there is; sets threads and memory of this process."""
+    """The device asked for, or the best there is; sets the threads and malloc of this process."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
                  "cpu": True}
-    name = args.device
-    if name == "auto":
-        name = next(kind for kind in available if available[kind])
+    name = next(kind for kind in available if args.device in (kind, "auto") and (
+        available[kind] or args.device == kind))
     if not available[name]:
         raise UserError(f"this machine has no {name} device that torch can use; try --device cpu")
     torch.backends.cudnn.deterministic = True  # the same seed gives the same weights
     if args.threads:
         torch.set_num_threads(args.threads)
-    if name == "cpu":
-        tune_malloc()
-    return torch.device(name)
-
-
-def tune_malloc():
-    """Settings of glibc's malloc; elsewhere there is nothing to set."""
-    mallopt = sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt:
-        # freed memory is kept, else the kernel clears new pages for each tensor: a step of UNet
-        # takes 250 ms instead of 300, of ResNet34-UNet 212 instead of 235 (16 images, two cores)
+    # glibc keeps freed memory instead of returning it to the kernel, which clears each new page: a
+    # step of UNet takes 250 ms instead of 300, of ResNet34-UNet 212 instead of 235
+    if name == "cpu" and sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8  # numbers of malloc.h
-        mallopt(m_trim_threshold, 2**31 - 1)
-        mallopt(m_mmap_threshold, 2**24)  # larger blocks are given back: less memory
-        mallopt(m_arena_max, 1)  # what one thread frees another uses
-
-
-def warn_if_busy():
-    """Says so where other processes keep the cores busy: each operation waits for the slowest
-    thread, so two threads on two cores train at a third of their speed beside one busy process."""
-    threads = torch.get_num_threads()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
-    if threads > 1 and load > cores - threads + 0.7:
-        log(f"the machine is busy (load {load:.1f}); --threads 1 may be faster")
+        for option, value in ((m_trim_threshold, 2**31 - 1), (m_mmap_threshold, 2**24),
+                              (m_arena_max, 1)):
+            ctypes.CDLL(None).mallopt(option, value)
+    return torch.device(name)
 
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -459,14 +422,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def pick_precision(name, device):
     """"bf16" or "fp32"; auto is bfloat16 where the hardware multiplies it faster."""
-    if name in DTYPES:
-        return name
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability()[0] >= 8
     else:
         fast = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported()
                                          or torch.cpu._is_amx_tile_supported())
-    return "bf16" if fast else "fp32"
+    return name if name in DTYPES else "bf16" if fast else "fp32"
 
 
 def find_data(choice, root, url):
@@ -474,27 +435,28 @@ def find_data(choice, root, url):
     if choice not in ("auto", "pets", "toy"):
         return "".join(c if c.isalnum() else "-" for c in Path(choice).resolve().name), Path(choice)
     with data.lock(root):  # two runs that start together do not download twice
-        if choice != "toy":
-            try:
+        try:
+            if choice != "toy":
                 return "pets", data.get_pets(root, url)
-            except data.DownloadError as error:
-                if choice == "pets":
-                    raise
-                log(f"!!! The pets are not in {root} and could not be downloaded: {error}.\n"
-                    "!!! What follows uses TOY PETS, drawn by this program: its scores say nothing\n"
-                    f"!!! about real photos. For the real pets: {PROGRAM} data get, or --data FOLDER.")
+        except data.DownloadError as error:
+            if choice == "pets":
+                raise
+            log(f"!!! The pets are not in {root} and could not be downloaded: {error}.\n"
+                "!!! What follows uses TOY PETS, drawn by this program: its scores say nothing\n"
+                f"!!! about real photos. For the real pets: {PROGRAM} data get, or --data FOLDER.")
         toys = Path(root) / data.TOYS
         return "toy", toys if toys.is_dir() else data.make_toys(root)
 
 
 def load_dataset(config, url):
-    """The dataset of a run, or of a checkpoint's config."""
-    folder = find_data(config["data"], config["root"], url)[1]
-    dataset = data.scan_dataset(folder, config["classes"], config["cityscapes_classes"],
+    """The dataset of a config; the border is a class of its own where the config says so."""
+    dataset = data.scan_dataset(find_data(config["data"], config["root"], url)[1],
+                                config["classes"], config["cityscapes_classes"],
                                 config["random_split"])
     for warning in dataset.warnings:
         log(f"warning: {warning}")
-    return dataset
+    border = ["border"] * (config.get("border") == "class")
+    return dataset._replace(class_names=dataset.class_names + border)
 
 
 def open_split(dataset, split, config):
@@ -505,11 +467,6 @@ def open_split(dataset, split, config):
         log(f"warning: {len(found.skipped)} images of {split} are missing or unreadable and are "
             "left out; the first: " + "; ".join(found.skipped[:5]))
     return found
-
-
-def class_names(dataset, config):
-    """The classes of a model: those of the data, and the border if it is a class of its own."""
-    return dataset.class_names + ["border"] * (config["border"] == "class")
 
 
 def class_frequencies(dataset, split, config):
@@ -523,11 +480,10 @@ def class_frequencies(dataset, split, config):
     text = [f"{name} {frequency:.1%}" for name, frequency in zip(names, frequencies.tolist())]
     log(f"{dataset.folder}: {dataset.layout}; "
         + ", ".join(f"{len(samples):,} {name}" for name, samples in dataset.splits.items())
-        + f"; of the pixels {', '.join(text)}" + f", ignored {ignored:.1%}" * bool(ignored))
-    for name, frequency in zip(names, frequencies):
-        if not frequency:
-            log(f"warning: the class {name} never occurs in the training images: it cannot be "
-                "learned")
+        + f"; pixels: {', '.join(text)}" + f"; ignored {ignored:.1%}" * bool(ignored))
+    if absent := [name for name, frequency in zip(names, frequencies) if not frequency]:
+        log(f"warning: {', '.join(absent)} never occurs in the training images: it cannot be "
+            "learned")
     return frequencies
 
 
@@ -541,48 +497,41 @@ def build_model(config):
     return model.to(memory_format=torch.channels_last)
 
 
-# how else an image is looked at for prediction: (scale, flipped). The flip gains 0.003 to 0.005 of
-# val Dice (14 runs), the two other scales 0.0005 to 0.003 more (9 runs), for twice the work
+# how else an image is viewed for prediction: (scale, flipped). The flip gains 0.003 to 0.005 of val
+# Dice (14 runs), the two other scales 0.0005 to 0.003 more (9 runs), for twice the work
 TTA_VIEWS = ((1, True), (0.75, False), (1.25, True))
 
 
 class Predictor:
-    """A model ready for use, a fused copy of it: images (B, 3, H, W) in 0..1 to logits in fp32."""
+    """A fused copy of a model, ready for use: images (B, 3, H, W) in 0..1 to logits in fp32; with
+    `tta` those of the mean probabilities over all views."""
 
     def __init__(self, model, config, threshold=0.5, tta=True):
         self.config, self.threshold, self.tta = config, threshold, tta
-        self.device = model.head.weight.device
-        self.dtype = DTYPES[config["precision"]]
+        self.device, self.dtype = model.head.weight.device, DTYPES[config["precision"]]
         # 3% faster than batch norms of their own and autocast, a single photo 10%
         self.model = layers.fuse_conv_bn(model, self.dtype)
 
     @torch.inference_mode()
     def __call__(self, images):
-        """Logits; with `tta` those of the mean of the probabilities over all views."""
         x = data.normalize(images)
-
-        def forward(view):
-            return self.model(view.to(self.dtype)).float()
-
-        logits, size = forward(x), x.shape[2:]
+        logits, size = self.model(x.to(self.dtype)).float(), x.shape[2:]
         if not self.tta:
             return logits
         probs = layers.probabilities(logits)
         for scale, flipped in TTA_VIEWS:
-            view = F.interpolate(x, layers.scale_size(tuple(size), scale), mode="bilinear",
-                                 antialias=True)
-            view = forward(view.flip(3)).flip(3) if flipped else forward(view)
-            probs += F.interpolate(layers.probabilities(view), size, mode="bilinear")
+            view = F.interpolate(x.flip(3) if flipped else x, layers.scale_size(tuple(size), scale),
+                                 mode="bilinear", antialias=True)
+            view = layers.probabilities(self.model(view.to(self.dtype)).float())
+            view = F.interpolate(view, size, mode="bilinear")
+            probs += view.flip(3) if flipped else view
         mean = probs / (1 + len(TTA_VIEWS))
         return mean.logit(eps=1e-6) if mean.shape[1] == 1 else mean.clamp(min=1e-6).log()
 
 
-def main_metric(class_names):
+def main_metric(config):
     """The metric that selects the best epoch."""
-    return "dice" if len(class_names) == 2 else "mean_iou"
-
-
-METRIC_LABEL = {"dice": "Dice", "mean_iou": "mean IoU"}
+    return "dice" if len(config["class_names"]) == 2 else "mean_iou"
 
 
 def compute_metrics(counts, class_names):
@@ -593,8 +542,7 @@ def compute_metrics(counts, class_names):
 
 
 def image_scores(counts):
-    """The main metric of each image alone: Dice of class 1 for two classes, else the mean IoU of
-    the classes that occur in it (0 where every pixel is ignored)."""
+    """The main metric of each image alone, the mean IoU over the classes that occur in it."""
     dice, iou = layers.dice_and_iou(counts)
     if dice.shape[1] == 2:
         return dice[:, 1]
@@ -602,56 +550,56 @@ def image_scores(counts):
     return (iou * occurs).sum(dim=1) / occurs.sum(dim=1).clamp(min=1)
 
 
-def epoch_metrics(run, config, val_loss, val_counts, lr, seconds, images):
-    """The row of metrics.csv of an epoch."""
-    if not math.isfinite(val_loss) or not run.sums[1]:
-        raise UserError(f"the loss is {val_loss} in epoch {run.epoch}; {ADVICE}")
-    names, (height, width) = config["class_names"], layers.train_size(config, run.epoch)
+MAX_SKIPPED_STEPS = 10  # of an epoch, before the run is aborted
+
+
+def abort_run(folder, run, why):
+    """Ends a run that diverged."""
+    raise UserError(f"{why} in epoch {run.epoch} of {folder}; the last good checkpoint is kept; "
+                    "begin a new run with a lower --lr, --grad-clip 1, or --precision fp32")
+
+
+def epoch_metrics(folder, run, config, val, lr, seconds):
+    """The row of metrics.csv of an epoch; `val` as `evaluate` returns it."""
     loss_sum, n, dice_sum, iou_sum = run.sums.tolist()
+    if not n or not math.isfinite(val[0]):
+        abort_run(folder, run, f"the val loss is {val[0]}")
+    names, (height, width) = config["class_names"], layers.train_size(config, run.epoch)
     if len(names) == 2:
-        train, metrics = {"dice": dice_sum / n, "iou": iou_sum / n}, ("dice", "iou")
+        train, columns = {"dice": dice_sum / n, "iou": iou_sum / n}, ("dice", "iou")
     else:
-        train, metrics = layers.class_metrics(run.counts.cpu(), names), ("mean_dice", "mean_iou")
-    val = compute_metrics(val_counts, names)
+        train, columns = layers.class_metrics(run.counts.cpu(), names), ("mean_dice", "mean_iou")
+    val_metrics = compute_metrics(val[1], names)
     return {"epoch": run.epoch, "image_height": height, "image_width": width,
-            "train_loss": loss_sum / n, **{f"train_{name}": train[name] for name in metrics},
-            "val_loss": val_loss, **{f"val_{name}": val[name] for name in metrics}, "lr": lr,
-            "skipped_steps": run.skipped, "seconds": seconds, "images_per_second": images / seconds}
+            "train_loss": loss_sum / n, **{f"train_{name}": train[name] for name in columns},
+            "val_loss": val[0], **{f"val_{name}": val_metrics[name] for name in columns}, "lr": lr,
+            "skipped_steps": run.skipped, "seconds": seconds, "images_per_second": n / seconds}
 
 
 def log_epoch(row, config, best):
     """A line about an epoch; * marks the best so far."""
-    metric = main_metric(config["class_names"])
+    name = main_metric(config)
     log(f"epoch {row['epoch']}/{config['epochs']}  {row['image_height']}×{row['image_width']}  "
-        f"train loss {row['train_loss']:.4f} {METRIC_LABEL[metric]} {row[f'train_{metric}']:.4f}  "
-        f"val loss {row['val_loss']:.4f} {METRIC_LABEL[metric]} {row[f'val_{metric}']:.4f}"
-        f"{' *' if best else '  '}  {data.format_time(row['seconds'])}, "
+        + "  ".join(f"{split} loss {row[f'{split}_loss']:.4f} {METRIC_LABELS[name]} "
+                    f"{row[f'{split}_{name}']:.4f}" for split in ("train", "val"))
+        + f"{' *' if best else '  '}  {data.format_time(row['seconds'])}, "
         f"{row['images_per_second']:.0f} images/s"
         + f", {row['skipped_steps']} steps skipped: infinite gradients" * bool(row["skipped_steps"]))
 
 
-ADVICE = ("the last good checkpoint is kept; begin a new run with a lower --lr, --grad-clip 1, or "
-          "--precision fp32")
-
-
-def check_skipped(run, folder):
-    """Aborts a run in which too many steps were skipped."""
-    if run.skipped > MAX_SKIPPED_STEPS:
-        raise UserError(f"{run.skipped} steps of epoch {run.epoch} of {folder} had infinite "
-                        f"gradients; {ADVICE}")
+METRIC_LABELS = {"dice": "Dice", "mean_iou": "mean IoU"}
 
 
 def draw_samples(path, predictor, split, indices):
     """A grid of photo | ground truth | prediction for some images of a split."""
+    config, names = predictor.config, predictor.config["class_names"]
     images, labels = data.get_batch(split, torch.as_tensor(indices), predictor.device)
-    names = predictor.config["class_names"]
     masks = layers.predict_mask(layers.probabilities(predictor(images)), predictor.threshold)
-    target = eval_target(predictor.config, labels)
+    target = eval_target(config, labels)
     scores = image_scores(layers.count_pixels(masks, target, len(names))).tolist()
     truths = torch.where(target == data.IGNORE_INDEX, 0, target).cpu().numpy()
-    panels = [data.panel(data.to_image(split.images[i]), truth, mask,
-                         f"{split.names[i]}  {METRIC_LABEL[main_metric(names)]} {score:.3f}", names,
-                         side=160)
+    panels = [data.panel(data.to_image(split.images[i]), truth, mask, f"{split.names[i]}  "
+                         f"{METRIC_LABELS[main_metric(config)]} {score:.3f}", names, side=160)
               for i, truth, mask, score in zip(indices, truths, masks.cpu().numpy(), scores)]
     data.save_image(data.image_grid(panels), path)
 
@@ -667,23 +615,21 @@ def evaluate_and_draw_worst(predictor, split, path):
 
 def score_test(args, folder, config, history, dataset):
     """Scores the test split (val, where there is none) with best.pt as a user will load it."""
+    name = "test" if "test" in dataset.splits else "val"
     with rank0_first():
-        predictor = load_predictor(folder / "best.pt", torch.device(config["device"]))
-        split = "test" if "test" in dataset.splits else "val"
-        images = open_split(dataset, split, config)
-    names = config["class_names"]
-    counts = evaluate_and_draw_worst(predictor, images, folder / "worst.png")
-    metrics, best = compute_metrics(counts, names), f"val_{main_metric(names)}"
-    result = {"run": str(folder), "split": split, "epoch": predictor.metrics["epoch"],
-              best: predictor.metrics[best], "seconds": sum(row["seconds"] for row in history),
-              **metrics}
-    print_result(args, f"{folder}: best epoch {result['epoch']}, {best.replace('_', ' ')} "
-                 f"{result[best]:.4f}\n{format_metrics(split, metrics)}", result,
+        predictor = load_predictor(args, folder / "best.pt")
+        split = open_split(dataset, name, config)
+    counts = evaluate_and_draw_worst(predictor, split, folder / "worst.png")
+    metrics, val = compute_metrics(counts, config["class_names"]), f"val_{main_metric(config)}"
+    result = {"run": str(folder), "split": name, "epoch": predictor.metrics["epoch"],
+              val: predictor.metrics[val], "seconds": sum(row["seconds"] for row in history)}
+    print_result(args, f"{folder}: best epoch {result['epoch']}, {val.replace('_', ' ')} "
+                 f"{result[val]:.4f}\n{format_metrics(name, metrics)}", result | metrics,
                  folder / "test.json")
 
 
 def install_signal_handlers():
-    """SIGINT and SIGTERM from now on only append to a list, which the loop reads. Returns it and
+    """From now on SIGINT and SIGTERM only append to a list, which the loop reads; returns it and
     the old handlers. A second Ctrl-C interrupts at once."""
     signals = []
 
@@ -695,51 +641,50 @@ def install_signal_handlers():
                      for signum in (signal.SIGINT, signal.SIGTERM)}
 
 
-# -------------------------------------------------------------------------- runs and checkpoints
+# --------------------------------------------------------------------------- runs and checkpoints
 
 RESUME_OVERRIDES = ("epochs", "threads", "save_every", "checkpoint_minutes", "root", "data")
 
 
 def open_run(args, device):
     """(folder, config, last.pt): of a new run, where last.pt is None, or of one to go on with. Of a
-    finished run (folder, None, the result)."""
-    typed = {name: value for name, value in vars(args).items()
-             if name in ("model", *OPTIONS) and value is not None}
+    finished run (folder, None, its result)."""
+    typed = typed_options(args)
     folder = Path(args.resume) if args.resume else args.name and Path(args.out) / args.name
-    if folder and folder.suffix == ".pt":
-        folder = folder.parent
-    if folder and any((folder / name).exists() for name in ("last.pt", "previous.pt")):
-        return resume_run(folder, typed)
-    if folder and (args.resume or (folder / "best.pt").exists()):
+    if folder and not has_checkpoint(folder) and (args.resume or (folder / "best.pt").exists()):
         raise UserError(f"{folder} has no last.pt to go on with; name a folder in {args.out}, or "
-                        "begin with the weights of a best.pt: train MODEL --init-from BEST")
-    if not args.model:
-        raise UserError(f"which model? {PROGRAM} train unet, or train resnet34_unet")
-    name, _ = find_data(args.data or "auto", args.root or "data", args.url)
-    config = resolve_config(typed, device, toy=name == "toy")
-    config |= {"data": name if config["data"] == "auto" else config["data"], "random_split": {},
-               "command": shlex.join(["petseg.py", *sys.argv[1:]])}
-    if config["compile"] and config["grad_checkpoint"]:
-        raise UserError("--compile and --grad-checkpoint do not go together; leave out one of them")
-    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    if run_id == "none":
-        run_id = f"{datetime.now():%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
-    folder = folder or Path(args.out) / f"{name}-{config['model']}-{run_id}"
-    if not args.name and (folder / "last.pt").exists():  # torchrun has restarted it
-        return resume_run(folder, typed)
-    lock_run(folder)
-    return folder, config, None
-
-
-def lock_run(folder):
-    """Keeps other processes from training in a folder for as long as this one lives."""
-    if not data.take_lock(folder, wait=False):
+                        "start from the weights of a best.pt: train MODEL --init-from BEST")
+    if not folder or not has_checkpoint(folder):
+        if not args.model:
+            raise UserError(f"which model? {PROGRAM} train unet, or train resnet34_unet")
+        name, _ = find_data(args.data or "auto", args.root or "data", args.url)
+        config = resolve_config(typed, device, toy=name == "toy")
+        if config["data"] == "auto":
+            config["data"] = name
+        run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+        if run_id == "none":
+            run_id = f"{datetime.now():%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
+        folder = folder or Path(args.out) / f"{name}-{config['model']}-{run_id}"
+    if data.take_lock(folder, wait=False) is None:
         raise UserError(f"another process is training in {folder}; stop it, or wait for its end")
+    if has_checkpoint(folder):
+        return resume_run(folder, typed, device)
+    return folder, config | environment_info(device), None
 
 
-def resume_run(folder, typed):
+def has_checkpoint(folder):
+    """Whether a folder holds a run to go on with."""
+    return any((folder / name).exists() for name in ("last.pt", "previous.pt"))
+
+
+def typed_options(args):
+    """The options of a run that were typed."""
+    return {name: value for name, value in vars(args).items()
+            if name in ("model", *OPTIONS) and value is not None}
+
+
+def resume_run(folder, typed, device):
     """What `open_run` returns for a run that has a checkpoint."""
-    lock_run(folder)
     last = load_last(folder)
     config = {name: default for name, (default, *_) in OPTIONS.items()} | last["config"]
     for name, value in typed.items():
@@ -758,20 +703,20 @@ def resume_run(folder, typed):
     if last["epoch"] > config["epochs"] and result.is_file():
         return folder, None, json.loads(result.read_text())
     result.unlink(missing_ok=True)
-    return folder, config, last
+    return folder, config | environment_info(device), last
 
 
 def resolve_config(typed, device, toy=False):
     """Every option of a run: what was typed, else the default that fits machine and data."""
     config = {name: default for name, (default, *_) in OPTIONS.items()}
+    config |= {"size": (128, 128), "batch_size": 16, "random_split": {},
+               "width": 16 if typed["model"] == "unet" else 32,
+               "command": shlex.join(["petseg.py", *sys.argv[1:]])}
     if device.type == "cuda":
         config |= {"size": (256, 256), "batch_size": 32, "width": 64}
-    else:
-        config |= {"size": (128, 128), "batch_size": 16,
-                   "width": 16 if typed["model"] == "unet" else 32}
     if "init_from" in typed:
-        begun = load_checkpoint(typed["init_from"], BEST)["config"]
-        config |= {name: begun[name] for name in ("width", "upsample", "size")}
+        start = load_checkpoint(typed["init_from"], BEST)["config"]
+        config |= {name: start[name] for name in ("width", "upsample", "size")}
     config |= {"epochs": 16 if toy and typed["model"] == "unet" else 20, **typed}
     # the longer a run, the stronger the augmentation should be. Toys: test Dice of UNet 0.962 with
     # flip alone, 0.941 with `full`. Pets: val Dice of UNet 0.910 with `full` and 0.897 with `strong`
@@ -781,8 +726,12 @@ def resolve_config(typed, device, toy=False):
         config["augment"] = AUGMENT_PRESETS[preset]
     if config["lr"] is None:
         config["lr"] = 0.02 if config["optimizer"] == "muon" else 0.004
+    if config["compile"] and config["grad_checkpoint"]:
+        raise UserError("--compile and --grad-checkpoint do not go together; leave out one of them")
+    if config["model"] == "resnet34_unet" and config["width"] < 8:  # oneDNN 3.x on AVX2 CPUs: 1×1
+        raise UserError("--width of resnet34_unet must be 8 or more: with fewer channels torch "
+                        "corrupts memory on some CPUs")  # convolutions with stride 2
     config["precision"] = pick_precision(config["precision"], device)
-    config["threads"] = torch.get_num_threads()
     return config
 
 
@@ -792,39 +741,39 @@ def environment_info(device):
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
                                 capture_output=True).stdout.strip()
     except FileNotFoundError:  # no git on this machine
-        commit = ""
+        commit = None
+    cpu = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    machine = (re.findall(r"model name\s*: (.*)", cpu) or [platform.processor()])[0]
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
-    else:
-        cpu = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-        machine = (re.findall(r"model name\s*: (.*)", cpu) or [platform.processor()])[0]
     return {"device": str(device), "machine": machine, "threads": torch.get_num_threads(),
-            "processes": world_size(), "commit": commit or None, "system": platform.platform(),
+            "processes": world_size(), "commit": commit, "system": platform.platform(),
             "python": platform.python_version(), "torch": str(torch.__version__)}
 
 
 def log_start(folder, config, resumed):
-    """What runs where, with every option as resolved."""
-    if config["device"] == "cpu" and rank() == 0:
-        warn_if_busy()
-    log(f"{'resuming' if resumed else 'training'} {folder} on {config['device']}\n"
-        + f"{world_size()} processes: batch size {config['batch_size']} × {config['grad_accum']} "
-        f"over all of them, lr {config['lr']}\n" * (world_size() > 1)
+    """What runs where, with every option as resolved; and whether other work is in its way: each
+    operation waits for the slowest thread, so two threads on two cores train at a third of their
+    speed beside one busy process."""
+    log(f"{'resuming' if resumed else 'training'} {folder} on {config['device']}, "
+        f"{world_size()} processes, {config['threads']} threads\n"
         + ", ".join(f"{name} {config[name]}" for name in ("model", *OPTIONS)))
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
+    if config["device"] == "cpu" and config["threads"] > 1 and load > 0.7:
+        log(f"the machine is busy (load {load:.1f}); --threads 1 may be faster")
 
 
-# The keys of a best.pt and of a last.pt, and what zipfile and torch raise at damaged files
+# the keys of a best.pt and of a last.pt; what zipfile and torch raise at damaged files
 BEST = {"config", "weights", "metrics"}
 LAST = {"config", "model", "ema", "optimizers", "epoch", "step", "skipped", "seconds", "history",
         "sums", "counts", "train_images"}
 LOAD_ERRORS = (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, LookupError,
                TypeError, AttributeError, AssertionError, ArithmeticError, EOFError, MemoryError,
-               struct.error, NotImplementedError)
+               struct.error)
 
 
 def save_checkpoint(path, content):
-    """Writes a checkpoint so that at any moment the old or the new one is there, complete; it then
-    outlasts a power cut."""
+    """Writes a checkpoint so that at any moment the old or the new one is there, complete."""
     with data.atomic_path(path) as new, open(new, "wb") as file:
         torch.save(content, file)
         file.flush()
@@ -838,27 +787,22 @@ def save_checkpoint(path, content):
 def load_checkpoint(path, keys, device="cpu"):
     """Reads a checkpoint with these keys, BEST or LAST, or refuses it. The CRCs of its zip are
     verified first; nothing in it is executed."""
-    path = Path(path)
-    path = path / ("best.pt" if keys is BEST else "last.pt") if path.is_dir() else path
+    path, name, content = Path(path), "best.pt" if keys is BEST else "last.pt", None
+    path = path / name if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
-    content = None
-    try:
+    with contextlib.suppress(*LOAD_ERRORS):  # torch's message tells how to load files with code
         with zipfile.ZipFile(path) as archive:
-            stored = sum(part.file_size for part in archive.infolist()) <= path.stat().st_size
-            if stored and archive.testzip() is None:  # torch.save never compresses: no zip bombs
+            size = sum(part.file_size for part in archive.infolist())
+            if size <= path.stat().st_size and not archive.testzip():  # else it is a zip bomb
                 content = torch.load(path, map_location=device, weights_only=True)
-    except LOAD_ERRORS:
-        pass  # torch's message is left out: it tells how to load a file that may hold code
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged, or is no checkpoint of petseg")
     if "petseg" in content:
-        raise UserError(f"{path} is of an older version of petseg, which this one cannot read; "
-                        "train anew, or use the version it was made with")
+        raise UserError(f"{path} is of an older version of petseg, and cannot be read by this one")
     if not keys <= content.keys():
-        kind = "the last.pt of a run" if LAST <= content.keys() else (
-            "the best.pt of a run" if BEST <= content.keys() else "no checkpoint of petseg")
-        raise UserError(f"{path} is {kind}; this needs a {'best.pt' if keys is BEST else 'last.pt'}")
+        other = "last.pt" if keys is BEST else "best.pt"
+        raise UserError(f"{path} is not the {name} of a run; is it a {other}?")
     return content
 
 
@@ -867,8 +811,8 @@ def load_weights(model, weights, path):
     them as they are."""
     needed = {name: value.shape for name, value in model.state_dict().items()}
     if needed != {name: getattr(value, "shape", None) for name, value in weights.items()}:
-        raise UserError(f"the weights in {path} are of another model than its config says, or than "
-                        "this run: other type, width, upsampling or number of classes")
+        raise UserError(f"the weights in {path} are of another model: other type, width, upsampling "
+                        "or number of classes")
     if not all_finite(weights):
         raise UserError(f"the weights in {path} are not all finite; take another checkpoint")
     weights = {name: value.float() if value.is_floating_point() else value
@@ -877,7 +821,7 @@ def load_weights(model, weights, path):
 
 
 def all_finite(weights):
-    """Whether all numbers in a state dict are finite."""
+    """Whether all numbers of a state dict are finite."""
     return all(value.isfinite().all() for value in weights.values())
 
 
@@ -885,7 +829,7 @@ def save_last(folder, run, config, model, ema_model, optimizers):
     """Writes last.pt, all that a resume needs, and keeps the one before as previous.pt; returns the
     time."""
     if not (all_finite(model.state_dict()) and all_finite(ema_model.state_dict())):
-        raise UserError(f"the weights of {folder} are not finite in epoch {run.epoch}; {ADVICE}")
+        abort_run(folder, run, "the weights are not finite")
     if rank() == 0:
         data.write_json(folder / "config.json", config)
         last, new = folder / "last.pt", folder / "next.pt"
@@ -899,7 +843,7 @@ def save_last(folder, run, config, model, ema_model, optimizers):
 
 
 def load_last(folder):
-    """The last.pt of a run or, where that cannot be read or is not finite, its previous.pt."""
+    """The last.pt of a run or, where that is damaged or not finite, its previous.pt."""
     errors = []
     for path in (folder / "last.pt", folder / "previous.pt"):
         try:
@@ -909,7 +853,7 @@ def load_last(folder):
             raise UserError(f"the weights in {path} are not all finite")
         except UserError as error:
             errors.append(str(error))
-            log(f"warning: {error}; trying previous.pt" if path.stem == "last" else "")
+            log(f"warning: {error}" + "; trying previous.pt" * (len(errors) == 1))
     raise UserError(f"{'; '.join(errors)}; if there is a best.pt, train MODEL --init-from "
                     f"{folder / 'best.pt'} begins a new run with its weights")
 
@@ -927,13 +871,12 @@ def restore(run, model, ema_model, optimizers, last, folder):
 
 
 def init_from(model, config):
-    """Starts from the weights of a best.pt; where the number of classes differs, the head stays
-    random."""
+    """Starts from the weights of a best.pt; where it has other classes, the head stays random."""
     path = config["init_from"]
     checkpoint = load_checkpoint(path, BEST)
     weights, own = checkpoint["weights"], model.state_dict()
-    if weights["head.weight"].shape != own["head.weight"].shape:
-        log(f"{path} has other classes ({', '.join(checkpoint['config']['class_names'])}): the head "
+    if len(checkpoint["config"]["class_names"]) != len(config["class_names"]):
+        log(f"{path} has other classes, {', '.join(checkpoint['config']['class_names'])}: the head "
             "starts at random")
         weights |= {name: own[name] for name in ("head.weight", "head.bias")}
     load_weights(model, weights, path)
@@ -941,59 +884,441 @@ def init_from(model, config):
 
 
 def save_model(path, model, config, history):
-    """best.pt: what inference needs, the weights in half precision, and how they came about. Batch
-    norms stay in fp32: in a long run variances grow beyond the 65504 of half precision."""
+    """Writes a best.pt: the weights in half precision, and how they came about. Batch norms stay in
+    fp32: in a long run their variances grow beyond the 65504 of half precision."""
     weights = {name: value.half() if value.dim() > 1 else value
                for name, value in model.state_dict().items()}
-    metrics = {**history[-1], "seconds": sum(row["seconds"] for row in history)}
+    metrics = history[-1] | {"seconds": sum(row["seconds"] for row in history)}
     save_checkpoint(path, {"config": config, "weights": weights, "metrics": metrics})
 
 
-def load_predictor(path, device, threshold=0.5, tta=True, precision="auto"):
-    """The model of a best.pt, ready to predict."""
+# what a config must hold to be used, since a file may come from anywhere
+CONFIG_TYPES = {"model": str, "width": int, "upsample": str, "dropout": float, "size": tuple,
+                "class_names": list, "border": str, "data": str, "root": str, "classes": str,
+                "cityscapes_classes": str, "random_split": dict, "command": str}
+
+
+def load_predictor(args, path):
+    """The model of a best.pt, ready to predict; args.tta and the like say how."""
+    device = setup_device(args)
     content = load_checkpoint(path, BEST, device)
     config = content["config"]
     try:
-        check_config(config)
+        wrong = [name for name, kind in CONFIG_TYPES.items() if not isinstance(config[name], kind)]
+        if wrong or not (2 <= len(config["class_names"]) <= 101 and len(config["size"]) == 2
+                         and all(32 <= side <= 2**15 for side in config["size"])):
+            raise ValueError(wrong or "size or classes")
         with torch.device("meta"):  # an absurd width then takes no memory
             model = build_model(config)
     except LOAD_ERRORS as error:
-        raise UserError(f"{path} describes a model that cannot be: {error!r}") from error
+        raise UserError(f"{path} describes a model that cannot be: {error}") from error
     load_weights(model, content["weights"], path)
+    threshold = getattr(args, "threshold", 0.5)
     if threshold != 0.5 and len(config["class_names"]) > 2:
-        raise UserError(f"--threshold is for two classes; {path} has "
-                        f"{len(config['class_names'])}, of which the most probable is taken")
+        raise UserError(f"--threshold is for two classes; {path} has more, of which the most "
+                        "probable is taken")
     model.to(device, memory_format=torch.channels_last)
-    config = config | {"precision": pick_precision(precision, device)}
-    predictor = Predictor(model, config, threshold, tta)
+    precision = pick_precision(getattr(args, "precision", None) or "auto", device)
+    predictor = Predictor(model, config | {"precision": precision}, threshold,
+                          getattr(args, "tta", True))
     predictor.metrics = content["metrics"]
     return predictor
 
 
-def check_config(config):
-    """Raises ValueError where what a checkpoint says of itself has another type than it should."""
-    kinds = {"model": str, "width": int, "upsample": str, "dropout": float, "size": tuple,
-             "class_names": list, "border": str, "data": str, "root": str, "classes": str,
-             "cityscapes_classes": str, "random_split": dict, "command": str}
-    wrong = [name for name, kind in kinds.items() if not isinstance(config.get(name), kind)]
-    if wrong or not 2 <= len(config["class_names"]) <= 101 or len(config["size"]) != 2 or not all(
-            isinstance(side, int) and 32 <= side <= 2**15 for side in config["size"]):
-        raise ValueError(f"its config is wrong: {', '.join(wrong) or 'size or classes'}")
+# --------------------------------------------------------------------------- eval, infer, compare
 
 
-# ------------------------------------------------------------------------------ several processes
-# torchrun starts this program once per GPU, or as often as it is told. In a single process nothing
-# here does a thing.
+def eval_dataset(args, config):
+    """The dataset that --data and --root name, or else that the model was trained on; its config."""
+    own = config | {"data": args.data or config["data"], "root": args.root or config["root"]}
+    if Path(own["data"]).resolve() != Path(config["data"]).resolve():
+        own["random_split"] = {}  # that of other data
+    dataset, names = load_dataset(own, args.url), config["class_names"]
+    if dataset.class_names != names and not len(dataset.class_names) == len(names) == 2:
+        raise UserError(f"{dataset.folder} has the classes {', '.join(dataset.class_names)}, the "
+                        f"model {', '.join(names)}; name other data with --data, or another --ckpt")
+    return dataset, own
+
+
+def eval_command(args):
+    """Scores a split with a trained model: overall, per class or breed, and the worst images."""
+    with rank0_first():
+        predictor = load_predictor(args, args.ckpt)
+        dataset, config = eval_dataset(args, predictor.config)
+        split = open_split(dataset, args.split, config)
+    out, names = Path(args.out), config["class_names"]
+    counts = evaluate_and_draw_worst(predictor, split, out / f"worst-{args.split}.png")
+    metrics = compute_metrics(counts, names)
+    result = {"split": args.split, "checkpoint": str(args.ckpt), **metrics}
+    text = format_metrics(args.split, metrics)
+    if names == ["background", "pet"]:
+        breed_of = np.array([name.rpartition("_")[0] for name in split.names])
+        result["breeds"] = {breed: compute_metrics(counts[breed_of == breed], names)
+                            for breed in np.unique(breed_of).tolist()}
+        rows = [{"breed": breed, **row} for breed, row in result["breeds"].items()]
+        rows.sort(key=lambda row: row["dice"])
+        text = format_table([*rows, {"breed": f"all of {args.split}", **metrics}])
+    print_result(args, f"{text}\nthe worst images: {out / f'worst-{args.split}.png'}", result,
+                 out / f"{args.split}.json")
+
+
+COLUMNS = ("file", "output", "fraction", "left", "top", "right", "bottom", "confidence", "dice",
+           "iou")  # of predictions.csv; Dice and IoU at the image's own size
+
+
+def segment_image(predictor, outputs, out, sample, name):
+    """Segments one image and writes its outputs; returns its row of predictions.csv."""
+    config, names, labels = predictor.config, predictor.config["class_names"], None
+    try:
+        labels = data.read_mask(sample.mask, sample.classes) if sample.mask else None
+    except UserError as error:  # the photo can be segmented all the same
+        log(f"warning: {error}")
+    photo = data.read_image(sample.image, None, None if labels is None else labels.shape)
+    pixels = torch.from_numpy(data.resize(photo, config["size"])[None]).to(predictor.device)
+    probs = layers.probabilities(predictor(data.to_float_nchw(pixels)))[0].cpu().numpy()
+    mask, confidence = data.upsample_and_argmax(probs, photo.size[::-1], predictor.threshold)
+
+    dice, iou, truth = None, None, None
+    if labels is not None:
+        target = eval_target(config, torch.from_numpy(labels)[None])
+        counts = layers.count_pixels(torch.from_numpy(mask)[None], target, len(names))
+        metrics, name_of = compute_metrics(counts, names), main_metric(config)
+        dice, iou = metrics[name_of.replace("iou", "dice")], metrics[name_of.replace("dice", "iou")]
+        truth = torch.where(target == data.IGNORE_INDEX, 0, target)[0].numpy()
+    fractions = (np.bincount(mask.ravel(), minlength=len(names)) / mask.size).tolist()
+    box = data.to_image(mask > 0).getbbox() or (None,) * 4
+    for output in outputs:
+        image = data.OUTPUTS[output][1](photo, mask, truth, names)
+        data.save_image(image, data.output_path(out, name, output))
+    row = dict(zip(COLUMNS, (data.escape_nonprintable(str(sample.image)), name, 1 - fractions[0],
+                             *box, confidence, dice, iou)))
+    return row | ({f"fraction of {n}": f for n, f in zip(names, fractions)} if len(names) > 2 else {})
+
+
+def read_predictions(path, outputs):
+    """{output name: row} of an earlier predictions.csv, where all files of the row are there."""
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if rows and not set(COLUMNS) <= rows[0].keys():
+        raise UserError(f"{path} is not as infer writes it; move it away, or leave out "
+                        "--skip-existing")
+    return {row["output"]: row for row in rows if all(
+        data.output_path(path.parent, row["output"], output).is_file() for output in outputs)}
+
+
+def infer(args):
+    """Segments images of any size: writes what --save names, and a table of all."""
+    predictor = load_predictor(args, args.ckpt)
+    out, table = Path(args.out), Path(args.out) / "predictions.csv"
+    outputs = (args.save or ("mask,overlay,cutout" if args.images else "panel")).split(",")
+    if unknown := set(outputs) - data.OUTPUTS.keys():
+        raise UserError(f"--save knows {', '.join(data.OUTPUTS)}, not {', '.join(unknown)}")
+    if args.images:
+        trimaps = "pet" in predictor.config["class_names"]  # other values are not known by themselves
+        samples = [data.Sample(path.stem, path, data.find_ground_truth(path) if trimaps else None,
+                               data.TRIMAP_TO_LABEL) for path in data.find_images(args.images)
+                   if not data.is_own_output(path, out)]
+    else:
+        samples = data.get_samples(eval_dataset(args, predictor.config)[0], "test")
+    tasks = list(zip(samples, data.unique_names([sample.image.stem for sample in samples])))
+    rows = read_predictions(table, outputs) if args.skip_existing and table.is_file() else {}
+    todo = [(sample, name) for sample, name in tasks
+            if rows.get(name, {}).get("file") != data.escape_nonprintable(str(sample.image))]
+    failed = []
+
+    # one image per thread, from file to file: 342 photos of 500×375 in 9 s on two cores, start
+    # included; one after the other, with both cores on each forward pass, 57 took 8 s
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    data.take_lock(out, wait=False)  # clears away what a kill has left there
+    results = data.parallel_map(lambda task: segment_image(predictor, outputs, out, *task), todo,
+                                threads)
+    try:
+        for (_, name), row in zip(todo, data.progress(results, "infer", len(todo))):
+            if isinstance(row, UserError):
+                failed.append(str(row))
+                rows.pop(name, None)
+            else:
+                rows[name] = row
+                if len(rows) % 200 == 0:  # so that a kill costs the table no more
+                    data.write_csv(table, [*rows.values()])
+    except KeyboardInterrupt:
+        log("petseg: stopped; all that was written is complete; to go on, give the same command "
+            "with --skip-existing")
+        raise SystemExit(130)
+    finally:
+        order = dict.fromkeys(name for _, name in tasks if name in rows) | dict.fromkeys(rows)
+        data.write_csv(table, [rows[name] for name in order])
+
+    n, skipped = len(tasks) - len(failed), len(tasks) - len(todo)
+    result = {"out": str(out), "images": n, "skipped": skipped, "failed": failed}
+    text = f"{n} image{'s' * (n != 1)}: {out}" + f" ({skipped} were there)" * bool(skipped)
+    if scored := [rows[name] for _, name in tasks if name in rows and rows[name]["dice"]]:
+        result |= {key: sum(float(row[key]) for row in scored) / len(scored)
+                   for key in ("dice", "iou")}
+        text += f"\nmean Dice of {len(scored)} with known ground truth: {result['dice']:.4f}"
+    print_result(args, text, result)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(tasks)} images could not be read:", *failed[:5])
+
+
+def compare(args):
+    """Draws the curves of several runs into one picture and prints a table of their results."""
+    folders = [Path(folder).resolve() for folder in args.runs]
+    histories, rows, metrics = {}, [], set()
+    for folder, name in zip(folders, data.unique_names([folder.name for folder in folders])):
+        if not (folder / "metrics.csv").is_file():
+            raise UserError(f"{folder} is no run with a finished epoch: it has no metrics.csv")
+        with open(folder / "metrics.csv", newline="") as file:
+            history = [{key: float(value) for key, value in row.items()}
+                       | {"epoch": int(row["epoch"])} for row in csv.DictReader(file)]
+        config, test = json.loads((folder / "config.json").read_text()), folder / "test.json"
+        metric = main_metric(config)
+        best = max(history, key=lambda row: row[f"val_{metric}"])
+        histories[name] = history
+        metrics.add(metric)
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in build_model(config).parameters())
+        rows.append({
+            "run": name, "model": config["model"], "width": config["width"],
+            "parameters": parameters, "size": "×".join(map(str, config["size"])),
+            "epochs": len(history), "best_epoch": best["epoch"],
+            f"val_{metric}": best[f"val_{metric}"],
+            f"test_{metric}": json.loads(test.read_text()).get(metric) if test.is_file() else None,
+            "seconds": sum(row["seconds"] for row in history)})
+    if len(metrics) > 1:
+        raise UserError("runs of two classes are not compared with runs of more: their metrics "
+                        "differ")
+    data.draw_curves(args.out, histories, metric)
+    print_result(args, f"{format_table(rows)}\n{args.out}", {"runs": rows, "picture": args.out})
+
+
+# ------------------------------------------------------------------- data, summary, export, bench
+
+
+def manage_data(args):
+    """Downloads the pets, draws the toys, or reads all of a dataset and says what is wrong."""
+    folders = [Path(args.root) / name for name in (data.PETS, data.TOYS)]
+    if args.action == "toy":
+        with data.lock(args.root):
+            folder = data.make_toys(args.root, args.seed, args.trainval, args.test)
+    elif args.action == "get" or args.data:
+        folder = find_data("pets" if args.action == "get" else args.data, args.root, args.url)[1]
+    elif not (folder := next(filter(Path.is_dir, folders), None)):
+        raise UserError(f"there is nothing in {args.root} to check; {PROGRAM} data get fetches the "
+                        "pets, data toy draws toy pets, --data names a folder")
+    dataset = load_dataset(vars(args) | {"data": str(folder), "random_split": {}}, args.url)
+    found = data.verify(dataset)
+    errors = [error for result in found.values() for error in result.errors]
+    notes = [f"{split}: {note}" for split, result in found.items() for note in result.notes]
+    rows = [{"split": split, "images": len(dataset.splits[split]), "errors": len(result.errors)}
+            for split, result in found.items()]
+    fractions = [{"class": name, **{split: float(result.fractions[i])
+                                    for split, result in found.items()}}
+                 for i, name in enumerate(dataset.class_names)]
+    text = [f"{folder}: {dataset.layout}", format_table(rows), "", format_table(fractions), *notes]
+    print_result(args, "\n".join(text), {
+        "folder": str(folder), "layout": dataset.layout, "class_names": dataset.class_names,
+        "splits": rows, "fractions": fractions, "errors": errors, "notes": notes,
+        "warnings": dataset.warnings})
+    if errors:
+        raise UserError(f"{len(errors)} images of {folder} cannot be used:", *errors[:5])
+
+
+def layer_table(model, width, size, upsample="transpose"):
+    """A row for each innermost layer: name, output, parameters and multiply-adds, from one forward
+    pass on the meta device, where nothing is computed."""
+    rows = []
+
+    def hook(layer, inputs, output):
+        macs = 0
+        if isinstance(layer, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
+            # a convolution works for each output pixel, a transposed one for each input pixel
+            pixels = output if isinstance(layer, torch.nn.Conv2d) else inputs[0]
+            macs = pixels[0, 0].numel() * layer.weight.numel()
+        rows.append({"layer": names[layer], "kind": type(layer).__name__,
+                     "output": "×".join(map(str, output.shape[1:])),
+                     "parameters": sum(p.numel() for p in layer.parameters()),
+                     "multiply_adds": macs})
+
+    with torch.device("meta"), torch.no_grad():
+        network = layers.MODELS[model](width=width, upsample=upsample)
+        names = {layer: name for name, layer in network.named_modules()
+                 if not list(layer.children())}
+        for layer in names:
+            layer.register_forward_hook(hook)
+        network(torch.zeros(1, 3, *size))
+    return rows
+
+
+def summary(args):
+    """Prints each layer's output, parameters and multiply-adds."""
+    rows = layer_table(args.model, args.width, args.size, args.upsample)
+    total = {name: sum(row[name] for row in rows) for name in ("parameters", "multiply_adds")}
+    text = format_table([*rows, {"layer": "all", "kind": args.model, "output": "", **total}])
+    print_result(args, text, {"model": args.model, "size": args.size, "width": args.width, **total,
+                              "layers": rows})
+
+
+@torch.no_grad()
+def export(args):
+    """Writes a model with its normalization as one file for use without petseg."""
+    out = Path(args.out)
+    if out.suffix not in (".pt2", ".onnx"):
+        raise UserError(f"{out} must end in .pt2 (for torch) or .onnx; name it with --out")
+    if out.suffix == ".onnx" and not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
+        raise UserError(f"{out} takes two more packages: pip install onnx onnxscript")
+    warnings.simplefilter("ignore")  # torch's about itself
+    logging.disable(logging.WARNING)
+    predictor = load_predictor(SimpleNamespace(device="cpu", threads=None, precision="fp32"),
+                               args.ckpt)
+    config, size = predictor.config, "×".join(map(str, predictor.config["size"]))
+    # dynamic: the batch, and sides in multiples of 32 from 64 up (torch specializes on sides of 1,
+    # which ResNet34UNet has at the bottom of 32)
+    batch, rows, columns = (torch.export.Dim(name, min=least) for name, least in
+                            (("batch", 1), ("rows", 2), ("columns", 2)))
+    program = torch.export.export(layers.ExportModel(predictor.model, data.MEAN, data.STD),
+                                  (torch.zeros(2, 3, 64, 96),),
+                                  dynamic_shapes=({0: batch, 2: 32 * rows, 3: 32 * columns},))
+    result = {name: config[name] for name in ("model", "class_names", "size", "command")}
+    notes = json.dumps(result | {"mean": data.MEAN, "std": data.STD})
+    with data.atomic_path(out) as new, open(new, "wb") as file:
+        if out.suffix == ".pt2":
+            torch.export.save(program, file, extra_files={"petseg.json": notes})
+        else:
+            onnx = torch.onnx.export(program, dynamo=True, verbose=False, input_names=["images"],
+                                     output_names=["probabilities"])
+            onnx.model.metadata_props["petseg.json"] = notes
+            file.write(onnx.model_proto.SerializeToString())
+    print_result(args, f"{out}: {config['model']}, input (B, 3, H, W) in 0..1, H and W multiples of "
+                 f"32 from 64 up, trained at {size}; output (B, {predictor.model.head.out_channels},"
+                 " H, W), probabilities", {"out": str(out), **result})
+
+
+def baseline(config, samples, device):
+    """How it is usually done: fp32, contiguous memory, each image read from its file every time and
+    augmented alone. Returns a training step and a prediction, both of a list of indices."""
+    layers.TransposedConv.forward = torch.nn.ConvTranspose2d.forward
+    model = layers.MODELS[config["model"]](width=config["width"]).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config["lr"])
+
+    def read(i):
+        image, labels = data.read_pair(samples[i], config["size"])
+        return (torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].contiguous().float() / 255,
+                torch.tensor(labels)[None])
+
+    def step(indices):
+        pairs = [data.augment(*read(i), data.seeded_generator(i), **FULL) for i in indices]
+        images, labels = (torch.cat(parts).to(device) for parts in zip(*pairs))
+        loss = layers.bce_dice_loss(model(data.normalize(images)), data.labels_to_target(labels))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    @torch.no_grad()
+    def predict(indices):
+        images = torch.cat([read(i)[0] for i in indices]).to(device)
+        return (model.eval()(data.normalize(images)).sigmoid() >= 0.5).cpu()
+
+    return step, predict
+
+
+def ours(config, split, device):
+    """A training step as `train` takes it, and a prediction."""
+    model = build_model(config).to(device)
+    ema_model, optimizers = copy.deepcopy(model), layers.make_optimizers(model, config)
+    predictor = Predictor(model, config, tta=False)
+
+    def step(indices):
+        train_step(config, model, optimizers, split, indices, config["epochs"], int(indices[0]))
+        layers.update_ema(ema_model, model, config["ema"], int(indices[0]))
+
+    def predict(indices):
+        return (predictor(data.get_batch(split, indices, device)[0]).sigmoid() >= 0.5).cpu()
+
+    return step, predict
+
+
+def measure(args, config, device):
+    """What `bench` asks of a fresh process, --only baseline or petseg: images per second of training
+    and inference, peak memory in GB, multiply-adds per second of a large matrix product."""
+    dataset = load_dataset(config, args.url)
+    split = data.to_gpu(open_split(dataset, "train", config), device)
+    if args.only == "baseline":
+        step, predict = baseline(config, dataset.splits["train"], device)
+    else:
+        step, predict = ours(config, split, device)
+    side = 2048 if device.type == "cpu" else 8192
+    matrix = torch.randn(side, side, device=device).to(DTYPES[config["precision"]])
+    batches = data.epoch_order(len(split.names), 1, 0, 1).split(config["batch_size"])
+
+    def seconds(work, repetitions=12, warmup=3):
+        for i in range(warmup + repetitions):
+            if i == warmup:
+                start = time.perf_counter()
+            work(batches[i % len(batches)])
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+        return (time.perf_counter() - start) / repetitions
+
+    result = {"train": config["batch_size"] / seconds(step),
+              "infer": config["batch_size"] / seconds(predict)}
+    if device.type == "cuda":
+        result["memory"] = torch.cuda.max_memory_allocated() / 1e9
+    elif resource:
+        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+        result["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return result | {"peak_matmul": side**3 / seconds(lambda _: matrix @ matrix)}
+
+
+def bench(args):
+    """The plain way to write such a program against this one: images per second, peak memory, the
+    fraction of the machine's matrix rate. In fresh processes, in turns."""
+    device = setup_device(args)
+    config = resolve_config(typed_options(args), device) | {
+        "root": args.root or "data", "class_names": ["background", "pet"], "augment": FULL}
+    if args.only:
+        return print_result(args, "", measure(args, config, device))
+    find_data(config["data"], config["root"], args.url)  # fetched or drawn before the clock runs
+    rounds, status = {"baseline": [], "petseg": []}, data.StatusLine()
+    for i in range(args.rounds):
+        for variant, results in rounds.items():
+            status.show(f"round {i + 1} of {args.rounds}: {variant}")
+            child = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--json", "--only",
+                                    variant], stdout=subprocess.PIPE, text=True)
+            if child.returncode:
+                raise SystemExit(child.returncode)
+            results.append(json.loads(child.stdout.splitlines()[-1]))
+    medians = {variant: {key: float(np.median([result[key] for result in results]))
+                         for key in results[0]} for variant, results in rounds.items()}
+    rows = [{args.model: name, **{variant: medians[variant][name] for variant in medians},
+             "ratio": medians["petseg"][name] / medians["baseline"][name]}
+            for name in medians["petseg"] if name != "peak_matmul"]
+    macs = sum(row["multiply_adds"]
+               for row in layer_table(args.model, config["width"], config["size"]))
+    # backward is two more convolutions for each: for its input and for its weights
+    fraction = {name: work * macs * medians["petseg"][name] / medians["petseg"]["peak_matmul"]
+                for name, work in (("train", 3), ("infer", 1))}
+    print_result(args, f"{format_table(rows)}\nimages/s, GB; of the rate at which the machine "
+                 f"multiplies large matrices training reaches {fraction['train']:.0%}, inference "
+                 f"{fraction['infer']:.0%}", {**medians, "fraction": fraction, "rounds": rounds,
+                                              "multiply_adds": macs, "config": config})
+
+
+# ------------------------------------------------------------------- several processes, and output
+# torchrun starts this program once per GPU, or as often as it is told; in a single process nothing
+# here does a thing
 
 
 def init_distributed():
     """Joins the other processes, if torchrun has started this one."""
     if not dist.is_torchelastic_launched():
         return
-    if int(os.environ["TORCHELASTIC_MAX_RESTARTS"]) and (
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and (
             os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1"):
-        raise UserError("--max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun, "
-                        "else a restart hangs on the addresses of dead processes")
+        raise UserError("--max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun: "
+                        "else a restart waits for processes that are dead")
     gpus = torch.cuda.device_count()
     if gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
@@ -1018,14 +1343,9 @@ def all_reduce(tensor, op=dist.ReduceOp.SUM):
     return tensor
 
 
-def all_reduce_max(*numbers):
-    """The largest of each number over all processes, so that all of them do the same."""
-    return all_reduce(torch.tensor(numbers), dist.ReduceOp.MAX).tolist()
-
-
-def broadcast_object(thing):
-    """What rank 0 has given for `thing`."""
-    box = [thing]
+def broadcast_object(value):
+    """What rank 0 has given for `value`."""
+    box = [value]
     if world_size() > 1:
         dist.broadcast_object_list(box)
     return box[0]
@@ -1035,15 +1355,15 @@ def broadcast_object(thing):
 def rank0_first():
     """Rank 0 goes first, then the others: they find on disk what it has downloaded and built."""
     if rank() > 0:
-        all_reduce_max(0)
+        dist.barrier()
     yield
-    if rank() == 0:
-        all_reduce_max(0)
+    if rank() == 0 and world_size() > 1:
+        dist.barrier()
 
 
 def wrap_ddp(model, device):
-    """The model as all processes train it together: gradients are averaged over them; on GPUs batch
-    norm is SyncBatchNorm."""
+    """The model as all processes train it together, with averaged gradients; on GPUs with
+    SyncBatchNorm."""
     if world_size() == 1:
         return model
     if device.type == "cuda":
@@ -1058,12 +1378,9 @@ def average_bn_stats(model):
             all_reduce(buffer).div_(world_size())
 
 
-# ---------------------------------------------------------------------------- messages and results
-
-
-def log(text, only_rank=0):
+def log(text, every_rank=False):
     """A line of progress or warning on stderr, in place of an unfinished status line."""
-    if rank() == only_rank:
+    if rank() == 0 or every_rank:
         print(("\r\x1b[K" if sys.stderr.isatty() else "") + text, file=sys.stderr, flush=True)
 
 
@@ -1082,514 +1399,69 @@ def format_table(rows):
             return f"{value:.4f}"
         return f"{value:,}" if isinstance(value, int) else "-" if value is None else str(value)
 
-    lines = [[name.replace("_", " ") for name in rows[0]]] if rows else []
+    lines = [[name.replace("_", " ") for name in row] for row in rows[:1]]
     lines += [[cell(value) for value in row.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join([line[0].ljust(widths[0])] + [c.rjust(w) for c, w in
-                               zip(line[1:], widths[1:])]) for line in lines)
+    return "\n".join("  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in
+                               enumerate(zip(line, widths))) for line in lines)
 
 
 def format_metrics(split, metrics):
     """The metrics of a split as a table, for several classes below one of each class."""
-    table = format_table([{"split": split} | {k: v for k, v in metrics.items() if k != "classes"}])
-    return f"{format_table(metrics['classes'])}\n\n{table}" if "classes" in metrics else table
+    row = {"split": split} | {key: value for key, value in metrics.items() if key != "classes"}
+    return "\n\n".join(format_table(rows) for rows in (metrics.get("classes"), [row]) if rows)
 
 
-# -------------------------------------------------------------------------- eval, infer, compare
-
-
-def eval_dataset(args, predictor):
-    """The data that --data and --root name, or else that the model was trained on; its root."""
-    config = predictor.config
-    same = not args.data or Path(args.data).resolve() == Path(config["data"]).resolve()
-    config = config | {"data": args.data or config["data"], "root": args.root or config["root"]}
-    if not same:  # other data have no part in the random split that was drawn in training
-        config["random_split"] = {}
-    dataset, names = load_dataset(config, args.url), predictor.config["class_names"]
-    found = class_names(dataset, config)
-    if found != names and not len(found) == len(names) == 2:  # of two the second is the foreground
-        raise UserError(f"{dataset.folder} has the classes {', '.join(found)}, the model "
-                        f"{', '.join(names)}; name other data with --data, or another --ckpt")
-    return dataset, config
-
-
-def eval_command(args):
-    """Scores a split with a trained model: overall, per class or breed, and the worst images."""
-    with rank0_first():
-        predictor = load_predictor(args.ckpt, setup_device(args), args.threshold, args.tta,
-                                   args.precision)
-        dataset, config = eval_dataset(args, predictor)
-        split = open_split(dataset, args.split, config)
-    names, worst = config["class_names"], Path(args.out) / f"worst-{args.split}.png"
-    counts = evaluate_and_draw_worst(predictor, split, worst)
-    metrics = compute_metrics(counts, names)
-    result = {"split": args.split, "checkpoint": str(args.ckpt), **metrics}
-    text = format_metrics(args.split, metrics)
-    if names == ["background", "pet"]:
-        breed_of = np.array([name.rpartition("_")[0] for name in split.names])
-        breeds = {breed: compute_metrics(counts[breed_of == breed], names)
-                  for breed in np.unique(breed_of).tolist()}
-        result["breeds"] = breeds
-        rows = sorted(({"breed": breed, **metrics} for breed, metrics in breeds.items()),
-                      key=lambda row: row["dice"])
-        text = format_table([*rows, {"breed": f"all of {args.split}", **metrics}])
-    print_result(args, f"{text}\nthe worst images: {worst}", result,
-                 Path(args.out) / f"{args.split}.json")
-
-
-COLUMNS = ("file", "output", "fraction", "left", "top", "right", "bottom", "confidence", "dice",
-           "iou")  # of predictions.csv; Dice and IoU at the image's own size, where a truth is known
-
-
-def segment_image(predictor, outputs, out, sample, name):
-    """Segments one image and writes its outputs; returns its row of predictions.csv."""
-    names, warning = predictor.config["class_names"], None
-    try:
-        labels = data.read_mask(sample.mask, sample.classes) if sample.mask else None
-    except UserError as error:
-        labels, warning = None, str(error)
-    photo = data.read_image(sample.image, None, None if labels is None else labels.shape)
-    pixels = torch.from_numpy(data.resize(photo, predictor.config["size"])[None])
-    logits = predictor(data.to_float_nchw(pixels.to(predictor.device)))
-    probs = layers.probabilities(logits)[0].cpu().numpy()
-    mask, confidence = data.upsample_and_argmax(probs, photo.size[::-1], predictor.threshold)
-
-    metrics, truth = {}, None
-    if labels is not None:
-        target = eval_target(predictor.config, torch.from_numpy(labels)[None])
-        counts = layers.count_pixels(torch.from_numpy(mask)[None], target, len(names))
-        metrics = compute_metrics(counts, names)
-        truth = torch.where(target == data.IGNORE_INDEX, 0, target)[0].numpy()
-    fractions = np.bincount(mask.ravel(), minlength=len(names)) / mask.size
-    box = data.to_image(mask > 0).getbbox() or (None,) * 4
-    prefix = "" if len(names) == 2 else "mean_"
-    row = dict(zip(COLUMNS, (data.escape_nonprintable(str(sample.image)), name, 1 - fractions[0],
-                             *box, confidence, metrics.get(f"{prefix}dice"),
-                             metrics.get(f"{prefix}iou"))))
-    if len(names) > 2:
-        row |= {f"fraction of {name}": fraction for name, fraction in zip(names, fractions)}
-    for output in outputs:
-        draw = data.OUTPUTS[output][1]
-        data.save_image(draw(photo, mask, truth, names), data.output_path(out, name, output))
-    return row, warning
-
-
-def read_predictions(path):
-    """The rows of an earlier predictions.csv, by the names of their outputs."""
-    if not path.is_file():
-        return {}
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if rows and not set(COLUMNS) <= rows[0].keys():
-        raise UserError(f"{path} is not as infer writes it; move it away, or leave out "
-                        "--skip-existing")
-    return {row["output"]: row for row in rows}
-
-
-def infer(args):
-    """Segments images of any size: writes what --save names, and a table of all."""
-    predictor = load_predictor(args.ckpt, setup_device(args), args.threshold, args.tta,
-                               args.precision)
-    out, names = Path(args.out), predictor.config["class_names"]
-    outputs = (args.save or ("mask,overlay,cutout" if args.images else "panel")).split(",")
-    if unknown := set(outputs) - set(data.OUTPUTS):
-        raise UserError(f"--save knows {', '.join(data.OUTPUTS)}, not {', '.join(unknown)}")
-    if args.images:
-        trimaps = "pet" in names  # only a trimap says by itself what its values are
-        samples = [data.Sample(path.stem, path, data.find_ground_truth(path) if trimaps else None,
-                               data.TRIMAP_TO_LABEL) for path in data.find_images(args.images)
-                   if not data.is_own_output(path, out)]
-    else:
-        samples = data.get_samples(eval_dataset(args, predictor)[0], "test")
-    tasks = list(zip(samples, data.unique_names([sample.image.stem for sample in samples])))
-    rows = read_predictions(out / "predictions.csv") if args.skip_existing else {}
-    rows = {name: row for name, row in rows.items()
-            if all(data.output_path(out, name, output).is_file() for output in outputs)}
-    todo = [(sample, name) for sample, name in tasks
-            if rows.get(name, {}).get("file") != data.escape_nonprintable(str(sample.image))]
-    failed, skipped = [], len(tasks) - len(todo)
-
-    # one image per thread, from file to file: 342 photos of 500×375 in 9 s on two cores, start
-    # included; one after the other, with both cores on each forward pass, 57 took 8 s
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    data.take_lock(out, wait=False)  # clears away what a kill has left there
-    results = data.parallel_map(lambda task: segment_image(predictor, outputs, out, *task), todo,
-                                threads)
-    try:
-        for (_, name), result in zip(todo, data.progress(results, "infer", len(todo))):
-            if isinstance(result, UserError):
-                failed.append(str(result))
-                continue
-            rows[name], warning = result
-            if warning:
-                log(f"warning: {warning}")
-            if len(rows) % 200 == 0:  # so that a kill costs the table no more
-                data.write_csv(out / "predictions.csv", [*rows.values()])
-    except KeyboardInterrupt:
-        log("petseg: stopped; all that was written is complete; to go on, give the same command "
-            "with --skip-existing")
-        raise SystemExit(130)
-    finally:
-        order = [name for _, name in tasks if name in rows]
-        order += [name for name in rows if name not in set(order)]
-        data.write_csv(out / "predictions.csv", [rows[name] for name in order])
-
-    n = len(tasks) - len(failed)
-    result = {"out": str(out), "images": n, "skipped": skipped, "failed": failed}
-    text = f"{n} images: {out}" + f" ({skipped} were there)" * bool(skipped)
-    scored = [row for _, name in tasks if (row := rows.get(name)) and row["dice"] not in (None, "")]
-    if scored:
-        result |= {key: sum(float(row[key]) for row in scored) / len(scored)
-                   for key in ("dice", "iou")}
-        text += f"\nmean Dice of {len(scored)} with known truth: {result['dice']:.4f}"
-    print_result(args, text, result)
-    if failed:
-        raise UserError(f"{len(failed)} of {len(tasks)} images could not be read:", *failed[:5])
-
-
-def compare(args):
-    """Draws the curves of several runs into one picture and prints a table of their results."""
-    folders = [Path(folder).resolve() for folder in args.runs]
-    histories, rows, metrics = {}, [], set()
-    for folder, name in zip(folders, data.unique_names([folder.name for folder in folders])):
-        history = []
-        if (folder / "metrics.csv").is_file():
-            with open(folder / "metrics.csv", newline="") as file:
-                history = [{key: float(value) for key, value in row.items()} | {
-                    "epoch": int(row["epoch"])} for row in csv.DictReader(file)]
-        if not history:
-            raise UserError(f"{folder} is no run with a finished epoch: it has no metrics.csv")
-        config = json.loads((folder / "config.json").read_text())
-        metric, test = main_metric(config["class_names"]), folder / "test.json"
-        best = max(history, key=lambda row: row[f"val_{metric}"])
-        histories[name] = history
-        metrics.add(metric)
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in build_model(config).parameters())
-        rows.append({
-            "run": name, "model": config["model"], "width": config["width"],
-            "parameters": parameters, "size": "×".join(map(str, config["size"])),
-            "epochs": len(history), "best_epoch": best["epoch"],
-            f"val_{metric}": best[f"val_{metric}"],
-            f"test_{metric}": json.loads(test.read_text()).get(metric) if test.is_file() else None,
-            "seconds": sum(row["seconds"] for row in history)})
-    if len(metrics) > 1:
-        raise UserError("runs of two classes are not compared with runs of more: their metrics "
-                        "differ")
-    data.draw_curves(args.out, histories, metric)
-    print_result(args, f"{format_table(rows)}\n{args.out}", {"runs": rows, "picture": args.out})
-
-
-# ------------------------------------------------------------------ data, summary, export, bench
-
-
-def manage_data(args):
-    """Downloads the pets, draws the toys, or reads all of a dataset and says what is wrong."""
-    if args.action == "toy":
-        with data.lock(args.root):
-            folder = data.make_toys(args.root, args.seed, args.trainval, args.test)
-    elif args.action == "get":
-        with data.lock(args.root):
-            folder = data.get_pets(args.root, args.url)
-    elif args.data:
-        folder = find_data(args.data, args.root, args.url)[1]
-    else:
-        folders = [Path(args.root) / name for name in (data.PETS, data.TOYS)]
-        folder = next((folder for folder in folders if folder.is_dir()), None)
-        if not folder:
-            raise UserError(f"there is nothing in {args.root} to check; {PROGRAM} data get fetches "
-                            "the pets, data toy draws toy pets, --data names a folder")
-    dataset = load_dataset(vars(args) | {"data": str(folder), "random_split": {}}, args.url)
-    found = data.verify(dataset)
-    errors = [error for some, _, _ in found.values() for error in some]
-    notes = [f"{split}: {note}" for split, (_, some, _) in found.items() for note in some]
-    rows = [{"split": split, "images": len(dataset.splits[split]), "errors": len(some)}
-            for split, (some, _, _) in found.items()]
-    fractions = [{"class": name, **{split: float(pixels[i] / max(pixels[:data.IGNORE_INDEX].sum(), 1))
-                                    for split, (_, _, pixels) in found.items()}}
-                 for i, name in enumerate(dataset.class_names)]
-    text = "\n".join((f"{folder}: {dataset.layout}", format_table(rows), "",
-                      format_table(fractions), *notes))
-    print_result(args, text, {"folder": str(folder), "layout": dataset.layout, "splits": rows,
-                              "class_names": dataset.class_names, "fractions": fractions,
-                              "errors": errors, "notes": notes, "warnings": dataset.warnings})
-    if errors:
-        raise UserError(f"{len(errors)} images of {folder} cannot be used:", *errors[:5])
-
-
-def layer_table(model, width, size, upsample="transpose"):
-    """A row for each innermost layer: its name, output, parameters and multiply-adds, from one
-    forward pass on the meta device, where nothing is computed."""
-    rows = []
-
-    def hook(layer, inputs, output):
-        pixels = output if isinstance(layer, torch.nn.Conv2d) else inputs[0]
-        convolution = isinstance(layer, (torch.nn.Conv2d, torch.nn.ConvTranspose2d))
-        rows.append({"layer": names[layer], "kind": type(layer).__name__,
-                     "output": "×".join(map(str, output.shape[1:])),
-                     "parameters": sum(p.numel() for p in layer.parameters()),
-                     "multiply_adds": pixels[0, 0].numel() * layer.weight.numel() * convolution
-                     if convolution else 0})
-
-    with torch.device("meta"), torch.no_grad():
-        network = layers.MODELS[model](width=width, upsample=upsample)
-        names = {layer: name for name, layer in network.named_modules()}
-        for layer in names:
-            if not list(layer.children()):
-                layer.register_forward_hook(hook)
-        network(torch.zeros(1, 3, *size))
-    return rows
-
-
-def summary(args):
-    """Prints each layer's output, parameters and multiply-adds."""
-    rows = layer_table(args.model, args.width, args.size, args.upsample)
-    total = {name: sum(row[name] for row in rows) for name in ("parameters", "multiply_adds")}
-    print_result(args, format_table([*rows, {"layer": "all", "kind": args.model, "output": "",
-                                             **total}]),
-                 {"model": args.model, "size": args.size, "width": args.width, **total,
-                  "layers": rows})
-
-
-@torch.no_grad()
-def export(args):
-    """Writes a model with its normalization as one file for use without petseg."""
-    out = Path(args.out)
-    if out.suffix not in (".pt2", ".onnx"):
-        raise UserError(f"{out} must end in .pt2 (for torch) or .onnx; name it with --out")
-    if out.suffix == ".onnx" and not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
-        raise UserError(f"{out} takes two more packages: pip install onnx onnxscript")
-    warnings.simplefilter("ignore")  # torch's about itself
-    logging.disable(logging.WARNING)
-    predictor = load_predictor(args.ckpt, torch.device("cpu"), precision="fp32")
-    config, classes = predictor.config, predictor.model.head.out_channels
-    model = layers.ExportModel(predictor.model, data.MEAN, data.STD)
-    # dynamic: the batch, and sides in multiples of 32 from 64 up (torch specializes on sides of 1,
-    # which ResNet34UNet has at the bottom of 32)
-    batch, rows, columns = (torch.export.Dim(name, min=least) for name, least in
-                            (("batch", 1), ("rows", 2), ("columns", 2)))
-    program = torch.export.export(model, (torch.zeros(2, 3, 64, 96),),
-                                  dynamic_shapes=({0: batch, 2: 32 * rows, 3: 32 * columns},))
-    notes = json.dumps({name: config[name] for name in ("class_names", "size", "command")}
-                       | {"mean": data.MEAN, "std": data.STD})
-    with data.atomic_path(out) as new:
-        if out.suffix == ".pt2":
-            memory = io.BytesIO()
-            torch.export.save(program, memory, extra_files={"petseg.json": notes})
-            new.write_bytes(memory.getvalue())
-        else:
-            onnx = torch.onnx.export(program, dynamo=True, verbose=False, input_names=["images"],
-                                     output_names=["probabilities"])
-            onnx.model.metadata_props["petseg.json"] = notes
-            new.write_bytes(onnx.model_proto.SerializeToString())
-    size = "×".join(map(str, config["size"]))
-    print_result(args, f"{out}: {config['model']}, input (B, 3, H, W) in 0..1, H and W multiples of "
-                 f"32 from 64 up, trained at {size}; output (B, {classes}, H, W), probabilities",
-                 {"out": str(out), "model": config["model"], "class_names": config["class_names"],
-                  "size": config["size"]})
-
-
-def baseline(config, samples, device):
-    """How it is usually done: fp32, contiguous memory, each image read from its file every time and
-    augmented alone. Returns a training step and a prediction, both of a list of indices."""
-    layers.TransposedConv.forward = torch.nn.ConvTranspose2d.forward
-    model = layers.MODELS[config["model"]](width=config["width"]).to(device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config["lr"])
-
-    def tensor(image):
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].contiguous().float() / 255
-
-    def step(indices):
-        pairs = []
-        for i in indices:
-            image, labels = data.read_pair(samples[i], config["size"])
-            pairs.append(data.augment(tensor(image), torch.tensor(labels)[None],
-                                      data.seeded_generator(i), **AUGMENT_PRESETS["full"]))
-        images, labels = (torch.cat(parts).to(device) for parts in zip(*pairs))
-        loss = layers.bce_dice_loss(model(data.normalize(images)), data.labels_to_target(labels))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        return loss.item()
-
-    @torch.no_grad()
-    def predict(indices):
-        images = torch.cat([tensor(data.read_image(samples[i].image, config["size"]))
-                            for i in indices]).to(device)
-        return (model.eval()(data.normalize(images)).sigmoid() >= 0.5).cpu()
-
-    return step, predict
-
-
-def ours(config, split, device):
-    """A training step as `train` takes it, and a prediction."""
-    model = build_model(config).to(device)
-    ema_model, optimizers = copy.deepcopy(model), layers.make_optimizers(model, config)
-    predictor = Predictor(model, config, tta=False)
-
-    def step(indices):
-        train_step(config, model, optimizers, split, torch.tensor(indices), config["epochs"],
-                   indices[0])
-        layers.update_ema(ema_model, model, config["ema"], indices[0])
-
-    def predict(indices):
-        images, _ = data.get_batch(split, torch.tensor(indices), device)
-        return (predictor(images).sigmoid() >= 0.5).cpu()
-
-    return step, predict
-
-
-def throughput(work, n, config, device, steps=12, warmup=3):
-    """Images per second of `work`, which takes the indices of a batch out of `n` images."""
-    batch_size = config["batch_size"]
-    order = data.epoch_order(n, 1 + (warmup + steps) * batch_size // n, 0, 1).tolist()
-    for step in range(warmup + steps):
-        if step == warmup:
-            synchronize(device)
-            start = time.perf_counter()
-        work(order[step * batch_size:(step + 1) * batch_size])
-    synchronize(device)
-    return steps * batch_size / (time.perf_counter() - start)
-
-
-def synchronize(device):
-    """Waits until the device has done what it was given; a CPU always has."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def peak_memory(device):
-    """The most memory that this process has held, in GB; on a GPU that of its tensors."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9 if resource else None
-
-
-def peak_matmul(device, precision):
-    """Multiply-adds per second of a product of two large matrices."""
-    n, times = 2048 if device.type == "cpu" else 8192, []
-    a = torch.randn(n, n, device=device).to(DTYPES[precision])
-    for _ in range(13):
-        synchronize(device)
-        start = time.perf_counter()
-        a @ a
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return n**3 / np.median(times[3:])
-
-
-def measure(args, config, device):
-    """What `bench` asks of a fresh process: --only baseline or petseg."""
-    dataset = load_dataset(config, args.url)
-    if args.only == "baseline":
-        samples = data.get_samples(dataset, "train")
-        step, predict, n = *baseline(config, samples, device), len(samples)
-    else:
-        split = data.to_gpu(open_split(dataset, "train", config), device)
-        step, predict, n = *ours(config, split, device), len(split.names)
-    return {"train": throughput(step, n, config, device),
-            "infer": throughput(predict, n, config, device), "memory": peak_memory(device),
-            "peak_matmul": peak_matmul(device, config["precision"])}
-
-
-def bench(args):
-    """The plain way to write such a program against this one: images per second, peak memory, the
-    fraction of the machine's matrix rate. In fresh processes, in turns."""
-    device = setup_device(args)
-    typed = {name: value for name, value in vars(args).items()
-             if name in ("model", *OPTIONS) and value is not None}
-    config = resolve_config(typed, device) | {"root": args.root or "data", "random_split": {},
-                                              "class_names": ["background", "pet"]}
-    if args.only:
-        return print_result(args, "", measure(args, config, device))
-    find_data(config["data"], config["root"], args.url)  # fetched or drawn before the clock runs
-    variants, status = {"baseline": [], "petseg": []}, data.StatusLine()
-    for i in range(args.rounds):
-        for variant, results in variants.items():
-            status.show(f"round {i + 1} of {args.rounds}: {variant}")
-            child = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--json", "--only",
-                                    variant], capture_output=True, text=True)
-            if child.returncode:
-                lines = child.stderr.strip().splitlines() or ["it was killed: too little memory?"]
-                raise UserError(lines[-1].removeprefix("petseg: "))
-            results.append(json.loads(child.stdout.splitlines()[-1]))
-    median = {variant: {key: float(np.median([r[key] for r in results if r[key] is not None]))
-                        for key in results[0]} for variant, results in variants.items()}
-    plain, petseg = median["baseline"], median["petseg"]
-    rows = [{args.model: label, "baseline": plain[key], "petseg": petseg[key],
-             "ratio": petseg[key] / plain[key]}
-            for key, label in (("train", "train, images/s"), ("infer", "infer, images/s"),
-                               ("memory", "peak memory, GB"))]
-    macs = sum(row["multiply_adds"]
-               for row in layer_table(args.model, config["width"], config["size"]))
-    # backward is two more convolutions for each: for its input and for its weights
-    fraction = {"train": 3 * macs * petseg["train"] / petseg["peak_matmul"],
-                "infer": macs * petseg["infer"] / petseg["peak_matmul"]}
-    text = (f"{format_table(rows)}\n\nmatrix products: {petseg['peak_matmul'] / 1e9:,.0f} G "
-            f"multiply-adds a second; training reaches {fraction['train']:.0%} of that, inference "
-            f"{fraction['infer']:.0%}")
-    print_result(args, text, {"model": args.model, "width": config["width"], "size": config["size"],
-                              "batch_size": config["batch_size"], "precision": config["precision"],
-                              "threads": config["threads"], "multiply_adds": macs,
-                              "fraction": fraction, **median, "rounds": variants})
-
-
-# ------------------------------------------------------------------------------------------ main
+# ------------------------------------------------------------------------------------------- main
 
 COMMANDS = {"train": train, "eval": eval_command, "infer": infer, "compare": compare,
             "data": manage_data, "summary": summary, "export": export, "bench": bench}
 
 
+def explain(error):
+    """What went wrong, for people; None where it is a defect of the program."""
+    if isinstance(error.__context__, OSError) and not isinstance(error, UserError):
+        error = error.__context__  # torch.save hides the error of a full disk
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        message = data.escape_nonprintable(f"{error.strerror or error}: {error.filename or ''}")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            message += "; make room and start again; train goes on with --resume RUN"
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            message += "; change its permissions, or name another place with --out or --root"
+        return message
+    if isinstance(error, MemoryError) or any(words in str(error) for words in (
+            "out of memory", "can't allocate memory", "not enough memory")):
+        return "not enough memory; lower --batch-size, --size or --width"
+    if isinstance(error, dist.DistError) or "gloo" in str(error):
+        return "another process has ended, and so this one does"
+
+
 def main(args):
-    """Runs a subcommand; turns what a user can cause into one message and an exit code."""
+    """Runs a subcommand; turns what a user can cause into a message and an exit code."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # clears away what is half-written
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a file name may be undecodable
     try:
-        if "max_pixels" in args:
-            data.set_max_pixels(args.max_pixels)
+        data.set_max_pixels(getattr(args, "max_pixels", 50_000_000))
         init_distributed()
         if world_size() > 1 and args.command not in ("train", "eval"):
             raise UserError(f"{args.command} runs in one process; leave out torchrun")
         COMMANDS[args.command](args)
         if dist.is_initialized():
             dist.destroy_process_group()
-        return
     except KeyboardInterrupt:
         log("petseg: interrupted")
         raise SystemExit(130)
     except (UserError, OSError, MemoryError, RuntimeError) as error:
-        message = explain(error)
-        if not message:
+        if isinstance(error.__cause__, SystemExit):  # SIGTERM in the midst of an import
+            raise error.__cause__
+        if not (message := explain(error)):
             raise
-    prefix = f"rank {rank()} of {world_size()}: " if rank() else ""
-    log(f"petseg: {prefix}{message}", only_rank=rank())
-    raise SystemExit(2)
-
-
-def explain(error):
-    """What went wrong, for people; None where it is a defect of the program."""
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error.__context__, OSError):  # torch.save hides the error of a full disk
-        error = error.__context__
-    if isinstance(error, OSError):
-        message = data.escape_nonprintable(f"{error.strerror or error}: {error.filename or ''}")
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            return f"{message}; make room and start again; train goes on with --resume RUN"
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            return f"{message}; change its permissions, or name another place with --out or --root"
-        return message
-    if isinstance(error.__cause__, SystemExit):  # SIGTERM in the midst of an import
-        raise error.__cause__
-    if isinstance(error, MemoryError) or any(words in str(error) for words in (
-            "out of memory", "can't allocate memory", "not enough memory")):
-        return "not enough memory; lower --batch-size, --size or --width"
-    if isinstance(error, dist.DistError) or "gloo" in str(error):
-        return "another process has ended, and so this one does"
-    return None
+        which = f"rank {rank()} of {world_size()}: " if rank() else ""
+        log(f"petseg: {which}{message}", every_rank=True)
+        raise SystemExit(2)
 
 
 if __name__ == "__main__":
