@@ -1,17 +1,14 @@
 """data.py: files to tensors, and tensors to files.
 
-To follow one photo to a tensor, read `read_pair`, `open_split`, `get_batch`, `augment`,
-`labels_to_target`; to follow a prediction to a file, `upsample_and_argmax`, `OUTPUTS`,
-`save_image`. Then come folders, download, drawing, and the toy pets. Only this file knows Pillow.
+Follow one photo to a tensor: `read_pair`, `open_split`, `get_batch`, `augment`, `labels_to_target`;
+and a prediction to a file: `upsample_and_argmax`, `OUTPUTS`, `save_image`. Only this file knows
+Pillow. A size is (height, width) everywhere. What a label is:
 
-What a label is:
-    value in the mask file     -> label in the cache (uint8)        -> target of the loss
-    trimap 1 pet, 2 background -> 1, 0 (or of species: 1, 2, 0)     -> the class index
-    trimap 3 border            -> 128 + the class it is a border of -> as --border says
-    255, void, ignore          -> 255                               -> 255: ignored
-    own data                   -> the class index, see read_mask    -> the class index
-
-A size is (height, width) everywhere.
+    value in the mask file   label in the cache (uint8)         target of the loss
+    1 pet, 2 background      1 and 0; with species 1, 2 and 0   class index
+    3 border                 128 + the class that it borders    as --border says
+    255, void, ignore        255                                255: neither learned nor scored
+    own data                 class index, see `read_mask`       class index
 """
 import contextlib
 import csv
@@ -49,7 +46,7 @@ except ImportError:  # not on Windows
 MEAN, STD = (0.48, 0.45, 0.40), (0.27, 0.27, 0.28)  # of the pets' train images, in 0..1
 BORDER_OFFSET, IGNORE_INDEX = 128, 255
 
-# --------------------------------------------------------------------- the cache, and batches of it
+# ---------------------------------------------------------------------------- the cache, and batches
 
 
 class CachedSplit(NamedTuple):
@@ -61,14 +58,16 @@ class CachedSplit(NamedTuple):
 
 
 def open_split(dataset, split, size, cache):
-    """A split of a dataset at `size`, from the folder `cache`; the first use decodes the files.
-
-    The name in the cache holds names, sizes and times of all files and what mask values mean: when
-    any of it changes there is a new one.
-    """
-    samples = get_samples(dataset, split)
-    files = [path for sample in samples for path in (sample.image, sample.mask)]
-    key = fingerprint(files, [(s.name, s.classes and [*s.classes.items()]) for s in samples])
+    """A split of a dataset at `size`, from the folder `cache`, where the first use decodes it. The
+    name there is a hash of sizes and times of all files and of what mask values mean: when any of
+    it changes there is a new one."""
+    if split not in dataset.splits:
+        raise UserError(f"{dataset.folder} has no {split} split; eval can take --split val")
+    samples = dataset.splits[split]
+    stats = [os.stat(path) if path.exists() else None for s in samples for path in s[1:3]]
+    facts = [[s and (s.st_size, s.st_mtime_ns) for s in stats], Image.MAX_IMAGE_PIXELS,
+             [(s.name, s.classes and [*s.classes.items()]) for s in samples]]
+    key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     path = Path(cache) / f"{dataset.folder.resolve().name}-{split}-{size[0]}x{size[1]}-{key}"
     if not path.is_dir():
         build_cache(path, samples, size, f"cache {split} at {size[0]}×{size[1]}")
@@ -88,10 +87,9 @@ def build_cache(path, samples, size, title):
                         f"{free / 1e6:,.0f} MB; make room, or name another disk with --root")
     with atomic_path(path) as folder:
         folder.mkdir()
-        pairs = progress(parallel_map(lambda sample: read_pair(sample, size), samples), title,
-                         len(samples))
+        pairs = parallel_map(lambda sample: read_pair(sample, size), samples)
         with open(folder / "images", "wb") as images, open(folder / "labels", "wb") as labels:
-            for sample, pair in zip(samples, pairs):
+            for sample, pair in zip(samples, progress(pairs, title, len(samples))):
                 if isinstance(pair, ImageError):
                     skipped.append(str(pair))
                 elif isinstance(pair, UserError):
@@ -120,11 +118,9 @@ def epoch_order(n, repeat, seed, epoch):
 
 
 def get_batch(split, indices, device=torch.device("cpu")):
-    """The images `indices` of a split: (B, 3, H, W) in 0..1, and labels (B, H, W) in uint8.
-
-    No worker processes: a batch from the memory map takes 0.5 ms, a training step 148
-    (UNet of width 16, 8 images of 128×128, two cores).
-    """
+    """The images `indices` of a split: (B, 3, H, W) in 0..1, and labels (B, H, W) in uint8. No
+    worker processes: a batch from the memory map takes 0.5 ms, a training step 148 (UNet of width
+    16, 8 images of 128×128, two cores)."""
     indices = indices.to(device) if torch.is_tensor(split.images) else np.asarray(indices)
     images, labels = (torch.as_tensor(part[indices]).to(device, non_blocking=True)
                       for part in split[1:3])
@@ -138,20 +134,8 @@ def to_float_nchw(images):
 
 def normalize(images):
     """Shifts and scales each colour to about zero mean and unit variance."""
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1).to(images.device, non_blocking=True)
-                 for v in (MEAN, STD))
+    mean, std = (images.new_tensor(value).view(1, 3, 1, 1) for value in (MEAN, STD))
     return (images - mean) / std
-
-
-def cutmix_mask(batch, height, width, p, rng):
-    """Where CutMix shows another image: with the probabilities `p`, a box of 0.2 to 0.9 of each
-    side around a random centre; (B, 1, H, W) bool."""
-    inside = (torch.rand(batch, generator=rng) < p).view(-1, 1, 1, 1)
-    for side, shape in ((height, (batch, 1, -1, 1)), (width, (batch, 1, 1, -1))):
-        position = (torch.arange(side) + 0.5) / side
-        centre, half_size = torch.rand(2, batch, 1, generator=rng)
-        inside = inside & ((position - centre).abs() < 0.1 + 0.35 * half_size).view(shape)
-    return inside
 
 
 def augment(images, labels, rng, size=None, p=1.0, flip=0.0, vflip=0.0, rotate=0.0, zoom=1.0,
@@ -204,10 +188,21 @@ def augment(images, labels, rng, size=None, p=1.0, flip=0.0, vflip=0.0, rotate=0
     return images, labels.squeeze(1).to(torch.uint8)
 
 
+def cutmix_mask(batch, height, width, p, rng):
+    """Where CutMix shows another image: with the probabilities `p`, a box of 0.2 to 0.9 of each
+    side around a random centre; (B, 1, H, W) bool."""
+    inside = (torch.rand(batch, generator=rng) < p).view(-1, 1, 1, 1)
+    for side, shape in ((height, (batch, 1, -1, 1)), (width, (batch, 1, 1, -1))):
+        position = (torch.arange(side) + 0.5) / side
+        centre, half_size = torch.rand(2, batch, 1, generator=rng)
+        inside = inside & ((position - centre).abs() < 0.1 + 0.35 * half_size).view(shape)
+    return inside
+
+
 def labels_to_target(labels, border="foreground", rng=None, classes=2):
-    """Labels to the target of the loss: class indices, and 255 where a pixel is ignored. A border
-    becomes the class it borders ("foreground"), "background", "ignore", a "class" of its own, the
-    last of `classes`, or by a coin an image one of the first two ("random")."""
+    """Labels to the target of the loss. A border becomes the class it borders ("foreground"),
+    "background", "ignore", a "class" of its own, the last of `classes`, or one of the first two by
+    a coin per image ("random")."""
     is_border = (labels >= BORDER_OFFSET) & (labels != IGNORE_INDEX)
     foreground = torch.where(is_border, labels - BORDER_OFFSET, labels)
     if border == "foreground":
@@ -229,12 +224,12 @@ FORMATS = [name for name in ("JPEG", "PNG", "GIF", "TIFF", "BMP", "WEBP", "AVIF"
            if name in Image.OPEN]
 warnings.filterwarnings("ignore", module="PIL")  # a file is read, or it is named
 EXIF_ORIENTATION = 0x0112  # from 5 on, width and height are swapped
-RGB_FLAG = 1 << 24  # a mask's colour #rrggbb as an integer: RGB_FLAG + 0xrrggbb
+RGB_FLAG = 1 << 24  # a mask's colour as an integer: RGB_FLAG + 0xrrggbb
 
 
 class Sample(NamedTuple):
-    """An image with its mask: its name, the two files, and what the values of the mask mean:
-    {value: label}, or None for two classes by the rule of `two_classes`."""
+    """An image and its mask; `classes` says what the mask's values mean: {value: label}, or None
+    for two classes by the rule of `two_classes`."""
     name: str
     image: Path
     mask: Path
@@ -249,8 +244,8 @@ def set_max_pixels(pixels):
 
 @contextlib.contextmanager
 def open_image(path):
-    """An image of which only the header is read. Whatever Pillow raises while it is in use becomes
-    an ImageError."""
+    """An image of which only the header is read. What Pillow raises while it is in use becomes an
+    ImageError."""
     try:
         if not os.path.isfile(path):  # reading a pipe would never end
             raise OSError("there is no such file")
@@ -282,9 +277,9 @@ def read_image(path, size=None, mask_size=None):
             image.draft("RGB", (2 * max(size), 2 * max(size)))
         if mask_size in (None, upright_size):  # a mask of the stored image wants it as stored
             ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith(("I", "F")):  # 16 bits or more
+        if image.mode.startswith(("I", "F")):  # more than 8 bits
             values = np.nan_to_num(np.array(image, dtype=np.float32), posinf=0, neginf=0)
-            values = values.clip(0) * (255 / full_scale(values.max(), image.mode))
+            values = values.clip(0) * (255 / white_level(image))
             image = Image.fromarray(values.astype(np.uint8))
         if "A" in image.mode or "transparency" in image.info:
             image = image.convert("RGBA")
@@ -293,12 +288,32 @@ def read_image(path, size=None, mask_size=None):
         return image.resize(size[::-1], Image.Resampling.BILINEAR) if size else image
 
 
-def full_scale(largest, mode):
-    """The value that counts as white in an image of more than 8 bits: the next 2ᵏ − 1 (1023, 4095,
-    65535), since a 12-bit camera stores 12 bits in 16; of floats the largest itself."""
-    if mode == "F":
-        return max(float(largest), 1.0)
-    return 2 ** max(8, int(largest).bit_length()) - 1
+def white_level(image):
+    """The value of white in an image of more than 8 bits: the next 2ᵏ − 1 (1023, 4095, 65535), as a
+    12-bit camera stores 12 bits in 16; of floats the largest value."""
+    values = np.asarray(image)
+    largest = values.max(where=np.isfinite(values), initial=1)
+    return largest if image.mode == "F" else 2 ** max(8, int(largest).bit_length()) - 1
+
+
+def read_mask(path, classes):
+    """A mask file as labels (H, W) of its own size; `classes` as in Sample."""
+    values = read_mask_values(path, colours=classes and max(classes) >= RGB_FLAG)
+    if classes is None:
+        labels = two_classes(values)
+        if labels is None:
+            raise UserError(
+                f"the mask {path} holds {describe_values(values)}; without a classes.txt a mask is "
+                "0 and 1 (255: ignored), or dark and light; a classes.txt to start from, for the "
+                "folder above images and masks:", *(f"{format_value(value)} class{i}" for i, value
+                                                    in enumerate(np.unique(values)[:20])))
+        return labels
+    known = np.array(sorted(classes))
+    index = np.searchsorted(known, values).clip(max=len(known) - 1)
+    if (unknown := known[index] != values).any():
+        raise UserError(f"the mask {path} holds {describe_values(values, unknown)}; expected "
+                        + ", ".join(map(format_value, islice(classes, 20))))
+    return np.array([classes[value] for value in known.tolist()], np.uint8)[index]
 
 
 def read_mask_values(path, colours=False):
@@ -316,84 +331,44 @@ def read_mask_values(path, colours=False):
         return values.astype(np.uint8) if values.dtype == bool else values
 
 
-def between_dark_and_light(values):
-    """Where a mask is neither dark (≤ 32) nor light (≥ 223), as at blurred edges."""
-    return (values > 32) & (values < 223)
-
-
 def two_classes(values):
     """Labels of a mask without classes.txt, or None where its values do not say them: 0, 1 and
-    maybe 255 (ignored), or dark background and a light object. JPEG and blurred edges are fine:
-    up to 5% of the pixels may lie between dark and light; they are cut at 128."""
+    maybe 255 (ignored); or dark (≤ 32) background and a light (≥ 223) object. At JPEG's and other
+    soft edges up to 5% of the pixels may lie between; they are cut at 128."""
     levels = np.unique(values)
     if 1 in levels and set(levels.tolist()) <= {0, 1, 255}:
         return values.astype(np.uint8)
-    dark, light = levels[levels <= 32], levels[levels >= 223]
-    two_levels = len(dark) <= 1 and len(light) <= 1 and len(dark) + len(light) == len(levels)
-    soft_edges = len(dark) and len(light) and 0 < between_dark_and_light(values).mean() <= 0.05
-    if levels[0] < 0 or levels[-1] > 255 or not (two_levels or soft_edges):
+    dark, light = (levels <= 32).sum(), (levels >= 223).sum()
+    clear = dark <= 1 and light <= 1 and dark + light == len(levels)
+    soft = dark and light and 0 < soft_fraction(values) <= 0.05
+    if levels[0] < 0 or levels[-1] > 255 or not (clear or soft):
         return None
     return (values >= 128).astype(np.uint8)
 
 
-def read_mask(path, classes):
-    """A mask file as labels (H, W) of its own size; `classes` as in Sample."""
-    if classes is None:
-        values = read_mask_values(path)
-        labels = two_classes(values)
-        if labels is None:
-            counts = count_values(values)
-            raise UserError(
-                f"the mask {path} holds {format_counts(counts)}; without a classes.txt a mask is "
-                "0 and 1 (and 255, ignored), or dark and light; to start from, a classes.txt for "
-                "its folder:", *(f"{format_value(value, ' ')} {'background' if i == 0 else f'class{i}'}"
-                                 for i, (value, _) in enumerate(sorted(counts)[:20])))
-        return labels
-    values = read_mask_values(path, colours=max(classes) >= RGB_FLAG)
-    known = np.array(sorted(classes))
-    index = np.searchsorted(known, values).clip(max=len(known) - 1)
-    if (unknown := known[index] != values).any():
-        expected = ", ".join(f"{format_value(value)} = {describe_label(label)}"
-                             for value, label in list(classes.items())[:9])
-        raise UserError(f"the mask {path} holds {format_counts(count_values(values, unknown))}; "
-                        f"expected {expected}")
-    return np.array([classes[value] for value in known.tolist()], np.uint8)[index]
+def soft_fraction(values):
+    """The fraction of a mask's pixels between dark and light."""
+    return ((values > 32) & (values < 223)).mean()
 
 
-def count_values(values, where=True):
-    """[(value, its fraction of all pixels), ...] of a mask, the most frequent first."""
+def format_value(value):
+    """A mask's value as classes.txt has it: a number, or R G B."""
+    value = int(value)
+    return str(value) if value < RGB_FLAG else " ".join(map(str, value.to_bytes(4, "big")[1:]))
+
+
+def describe_values(values, where=True):
+    """The most frequent values of a mask, with their fractions of its pixels."""
     found, counts = np.unique(values[np.broadcast_to(where, values.shape)], return_counts=True)
     order = counts.argsort(kind="stable")[::-1]
-    return [(int(found[i]), counts[i] / values.size) for i in order]
-
-
-def format_value(value, separator=None):
-    """A mask's value as people write it; a colour as #rrggbb, or as three numbers."""
-    if value < RGB_FLAG:
-        return str(value)
-    rgb = value.to_bytes(4, "big")[1:]
-    return separator.join(map(str, rgb)) if separator else f"#{rgb.hex()}"
-
-
-def format_counts(counts):
-    """Values of a mask and their fractions of the pixels, the first nine."""
-    text = ", ".join(f"{format_value(value)} ({fraction:.2%})" for value, fraction in counts[:9])
-    return text + " …" * (len(counts) > 9)
-
-
-def describe_label(label):
-    """A label in words."""
-    if label == IGNORE_INDEX:
-        return "ignored"
-    return "border" if label >= BORDER_OFFSET else f"class {label}" if label else "background"
+    return ", ".join(f"{format_value(found[i])} ({counts[i] / values.size:.2%})"
+                     for i in order[:9]) + " …" * (len(order) > 9)
 
 
 def read_pair(sample, size):
-    """A photo and its labels at `size`: uint8 (H, W, 3) and (H, W).
-
-    Threads are enough to read many: Pillow releases the GIL while it decodes and resizes. Two cores
-    read 1,145 JPEGs of 500×375 a second with two threads, 599 with one.
-    """
+    """A photo and its labels at `size`: uint8 (H, W, 3) and (H, W). Threads are enough to read
+    many, as Pillow releases the GIL: two cores read 1,145 JPEGs of 500×375 a second with two
+    threads, 599 with one."""
     labels = read_mask(sample.mask, sample.classes)
     image = read_image(sample.image, size, labels.shape)
     return np.asarray(image), resize(labels, size, "NEAREST")
@@ -406,17 +381,17 @@ def resize(array, size, resample="BILINEAR"):
 
 
 def upsample_and_argmax(probs, size, threshold=0.5):
-    """Probabilities (C, h, w) to a mask (H, W) of class indices, and how sure it is on average. One
-    class is enlarged at a time: 9 bytes a pixel, however many classes there are."""
+    """Probabilities (C, h, w) to a mask (H, W) of class indices, and the mean probability of the
+    classes in it. One class is enlarged at a time: 9 bytes a pixel, however many there are."""
     mask, best = np.zeros(size, np.uint8), resize(probs[0], size)
     if len(probs) == 1:  # the probability of class 1
         mask, best = (best >= threshold).astype(np.uint8), np.maximum(best, 1 - best)
     for label in range(1, len(probs)):
         p = resize(probs[label], size)
-        better = p > best
-        mask[better] = label
+        mask[p > best] = label
         np.maximum(best, p, out=best)
     return mask, float(best.mean(dtype=float))
+
 
 # ------------------------------------------------------------------------------ folders of samples
 
@@ -438,17 +413,16 @@ CITYSCAPES_EVAL_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27,
 class Dataset(NamedTuple):
     """A folder of labelled images, as it was understood."""
     folder: Path
-    layout: str         # in words
+    layout: str          # in words
     class_names: list
-    splits: dict        # {"train": [Sample, ...], "val": [...], and maybe "test": [...]}
-    random_split: dict  # {"val": names, "test": names} where we drew it, {} where the folder says
-    warnings: list      # what is left out, a line each
+    splits: dict         # {"train": [Sample, ...], "val": [...], and maybe "test": [...]}
+    random_split: dict   # {"val": names, "test": names} where we drew it, {} where the folder says
+    warnings: list       # what is left out, a line each
 
 
 def scan_dataset(folder, classes="pet", cityscapes_classes="19", random_split=None):
     """Understands a folder by what lies in it. `classes` is for the pets, "pet" or "species";
-    `random_split` that of an earlier scan. A new layout of folders is a function like `scan_pets`
-    and two lines here."""
+    `random_split` that of an earlier scan. For a new layout write a function like `scan_pets`."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; name one with --data")
@@ -466,31 +440,27 @@ def scan_pets(folder, classes):
     """The layout of the Oxford-IIIT Pets. Every tenth line of trainval.txt, the first included, is
     val, the others are train, without shuffling: the split of everyone who does the same. A line is
     NAME, and maybe BREED SPECIES (1 cat, 2 dog) and a number."""
-    annotations = folder / "annotations"
-    lists = {}
-    for path in (annotations / "trainval.txt", annotations / "test.txt"):
+    def samples(path):
         text = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
         lines = [line.split() for line in text.splitlines() if line.strip() and line[0] != "#"]
-        if len(lines) < 2 and (path.is_file() or path.stem == "trainval"):
+        if len(lines) < 2:
             raise UserError(f"{path} is missing or names fewer than two images; expected a NAME a "
                             "line, of images/NAME.jpg and annotations/trimaps/NAME.png")
-        lists[path.stem] = lines
-
-    def sample(name, breed=None, species=None, *_):
-        values = TRIMAP_TO_LABEL
-        if classes == "species":
-            values = {"1": CAT_TO_LABEL, "2": DOG_TO_LABEL}.get(species)
+        for name, *more in lines:
+            values = TRIMAP_TO_LABEL
+            if classes == "species":
+                values = {"1": CAT_TO_LABEL, "2": DOG_TO_LABEL}.get("".join(more[1:2]))
             if not values:
-                raise UserError(f"{annotations} does not say what species {name} is; expected lines "
-                                "NAME BREED SPECIES, where SPECIES is 1 (cat) or 2 (dog)")
-        return Sample(name, folder / "images" / f"{name}.jpg",
-                      annotations / "trimaps" / f"{name}.png", values)
+                raise UserError(f"{path} does not say what species {name} is; expected lines NAME "
+                                "BREED SPECIES, where SPECIES is 1 (cat) or 2 (dog)")
+            yield Sample(name, folder / "images" / f"{name}.jpg",
+                         folder / "annotations" / "trimaps" / f"{name}.png", values)
 
-    names = ["background", "pet"] if classes == "pet" else ["background", "cat", "dog"]
-    trainval = [sample(*line) for line in lists["trainval"]]
+    trainval = list(samples(folder / "annotations" / "trainval.txt"))
     splits = {"train": [s for i, s in enumerate(trainval) if i % 10], "val": trainval[::10]}
-    if lists["test"]:
-        splits["test"] = [sample(*line) for line in lists["test"]]
+    if (folder / "annotations" / "test.txt").is_file():
+        splits["test"] = list(samples(folder / "annotations" / "test.txt"))
+    names = ["background", "pet"] if classes == "pet" else ["background", "cat", "dog"]
     return Dataset(folder, "the layout of the pets", names, splits, {}, [])
 
 
@@ -499,107 +469,86 @@ def scan_cityscapes(folder, number):
     whose labels are not published."""
     ids = CITYSCAPES_EVAL_IDS if number == "19" else range(4, 34)
     classes = dict.fromkeys(range(256), IGNORE_INDEX) | {i: label for label, i in enumerate(ids)}
-    splits = {}
-    for split in ("train", "val"):
-        root, splits[split] = folder / "leftImg8bit" / split, []
+    splits = {"train": [], "val": []}
+    for split, samples in splits.items():
+        root, masks = folder / "leftImg8bit" / split, folder / "gtFine" / split
         for image in find_images([root]):
             name = image.relative_to(root).as_posix().removesuffix("_leftImg8bit.png")
-            mask = folder / "gtFine" / split / f"{name}_gtFine_labelIds.png"
-            splits[split].append(Sample(name, image, mask, classes))
+            samples.append(Sample(name, image, masks / f"{name}_gtFine_labelIds.png", classes))
     return Dataset(folder, "Cityscapes", [CITYSCAPES[i - 4] for i in ids], splits, {}, [])
 
 
 def scan_pairs(folder, random_split):
     """A folder of images beside one of masks, with train, val, test above or below the two; without
     any, a random split."""
-    parts = {split: find_pair(folder, names) for split, names in SPLIT_FOLDERS.items()}
-    parts = {split: pair for split, pair in parts.items() if pair}
-    pair = find_pair(folder)
-    if not parts and not pair:
-        raise UserError(
-            f"{folder} is not understood; expected a folder of images ({', '.join(IMAGE_FOLDERS)}) "
-            f"beside one of masks ({', '.join(MASK_FOLDERS)}), with train, val and test above or "
-            "below them or not at all; rename the folders; what lies there:", *describe_tree(folder))
-    if parts and {"train", "val"} - parts.keys():
-        missing = ({"train", "val"} - parts.keys()).pop()
-        raise UserError(f"{folder} has {' and '.join(parts)} but no {missing} with images and masks "
-                        "in it; make one, or put all into images/ and masks/; what lies there:",
-                        *describe_tree(folder))
-    warnings, (classes, class_names) = [], read_classes(folder)
-    if parts:
-        layout, random_split = f"{' and '.join(parts)}, with images and masks in each", {}
-        pairs = {split: match_pairs(*part, warnings) for split, part in parts.items()}
-    else:
-        layout, matched = f"{pair[0].name}/ and {pair[1].name}/", match_pairs(*pair, warnings)
-        random_split = random_split or draw_random_split([name for name, *_ in matched], folder)
-        split_of = {name: split for split, names in random_split.items() for name in names}
-        pairs = {split: [p for p in matched if split_of.get(p[0], "train") == split]
-                 for split in SPLIT_FOLDERS}
-        pairs = {split: some for split, some in pairs.items() if some}  # files may have gone
-    splits = {split: [Sample(*p, classes) for p in some] for split, some in pairs.items()}
-    return Dataset(folder, layout, class_names, splits, random_split, warnings)
-
-
-def find_pair(folder, split_names=None):
-    """(the folder of images, the folder of masks) in `folder`, or None; with `split_names`, those
-    of a split, which may stand above the two (train/images) or below them (images/train)."""
     def child(parent, names):
         folders = {path.name.lower(): path for path in sorted(parent.iterdir()) if path.is_dir()}
         return next((folders[name] for name in names if name in folders), None)
 
-    parent = child(folder, split_names) if split_names else folder
-    pair = parent and [child(parent, names) for names in (IMAGE_FOLDERS, MASK_FOLDERS)]
-    if not pair or None in pair:
-        pair = split_names and find_pair(folder)
-        pair = pair and [child(each, split_names) for each in pair]
-    return pair if pair and None not in pair else None
+    def find_pair(parent):
+        return [child(parent, names) for names in (IMAGE_FOLDERS, MASK_FOLDERS)]
+
+    flat, pairs, notes = find_pair(folder), {}, []
+    for split, names in SPLIT_FOLDERS.items():
+        above = child(folder, names)
+        pair = find_pair(above) if above else [child(each, names) for each in flat if each]
+        if len(pair) == 2 and all(pair):
+            pairs[split] = match_pairs(*pair, notes)
+    if not (all(flat) if not pairs else {"train", "val"} <= pairs.keys()):
+        counts = Counter(p.parent for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+        raise UserError(
+            f"{folder} is not understood{': train or val is missing' * bool(pairs)}; expected a "
+            f"folder {' or '.join(IMAGE_FOLDERS)} beside a folder {' or '.join(MASK_FOLDERS)}, with "
+            "train, val and maybe test above both or in both, or without any; rename what lies there:",
+            *[f"{path.relative_to(folder)}/ with {n} images" for path, n in sorted(counts.items())])
+    layout = f"{' and '.join(pairs)}, with images and masks each"
+    if pairs:
+        random_split = {}
+    else:
+        layout, matched = f"{flat[0].name}/ and {flat[1].name}/", match_pairs(*flat, notes)
+        random_split = random_split or draw_random_split([name for name, *_ in matched], folder)
+        split_of = {name: split for split, names in random_split.items() for name in names}
+        for pair in matched:
+            pairs.setdefault(split_of.get(pair[0], "train"), []).append(pair)
+    classes, class_names = read_classes(folder)
+    splits = {split: [Sample(*pair, classes) for pair in pairs[split]] for split in SPLIT_FOLDERS
+              if split in pairs}
+    return Dataset(folder, layout, class_names, splits, random_split, notes)
 
 
-def describe_tree(folder):
-    """A line for each folder with images in it, and how many."""
-    counts = Counter(path.parent for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    return [f"{path.relative_to(folder)}/ has {n} images" for path, n in sorted(counts.items())[:20]
-            ] or ["no images at all"]
-
-
-def match_pairs(images, masks, warnings):
+def match_pairs(images, masks, notes):
     """(name, image, mask) of all images with a mask of the same name, or with the same something
-    before or after the name in every mask; adds to `warnings` what is left out."""
+    before or after it in every mask; adds to `notes` what is left out."""
     def by_name(folder):
         paths = {}
         for path in find_images([folder]):
             name = path.relative_to(folder).with_suffix("").as_posix()
             if paths.setdefault(name, path) != path:
-                warnings.append(f"{path} is left out: {paths[name]} has the same name")
+                notes.append(f"{path} is left out: {paths[name]} has the same name")
         return paths
 
-    image_by_name, mask_by_name = by_name(images), by_name(masks)
-
-    def mask_of(name, affix):
+    image_of, mask_of = by_name(images), by_name(masks)
+    affixes = Counter()
+    for mask in islice(mask_of, 0, None, len(mask_of) // 20 + 1):
+        stems = (name.rpartition("/")[2] for name in image_of)
+        affixes.update(mask.rpartition("/")[2].partition(stem)[::2] for stem in stems if stem in mask)
+    [(before, after)] = [affix for affix, _ in affixes.most_common(1)] or [("", "")]
+    pairs, without = [], []
+    for name, image in image_of.items():
         parent, slash, stem = name.rpartition("/")
-        return mask_by_name.get(f"{parent}{slash}{affix[0]}{stem}{affix[1]}")
-
-    stems = [name.rpartition("/")[2] for name in image_by_name]
-    affixes = Counter({("", ""): 1})
-    for name in list(mask_by_name)[:20]:
-        name = name.rpartition("/")[2]
-        affixes.update(name.partition(stem)[::2] for stem in stems if stem in name)
-    affix = max((affix for affix, _ in affixes.most_common(10)),
-                key=lambda affix: (sum(mask_of(n, affix) is not None for n in image_by_name),
-                                   affix == ("", "")))
-    pairs = [(name, image, mask_of(name, affix)) for name, image in image_by_name.items()]
-    matched = [pair for pair in pairs if pair[2]]
-    if not matched:
+        mask = mask_of.pop(f"{parent}{slash}{before}{stem}{after}", None)
+        pairs += [(name, image, mask)] * bool(mask)
+        without += [image] * (not mask)
+    if not pairs:
         raise UserError(f"no image in {images} has a mask in {masks}; expected the same name, or the "
-                        "same something before or after it in every mask; found "
-                        f"{next(iter(image_by_name))} and {next(iter(mask_by_name))}")
-    spare = sorted(set(mask_by_name.values()) - {mask for *_, mask in matched})
-    for what, paths in (("images without a mask", [p[1] for p in pairs if not p[2]]),
-                        ("masks without an image", spare)):
+                        "same something before or after it in every mask; the first names are "
+                        f"{next(iter(image_of))} and {next(iter(mask_of))}")
+    for kind, paths in (("images without a mask", without),
+                        ("masks without an image", [*mask_of.values()])):
         if paths:
-            warnings.append(f"{len(paths)} {what} are left out; the first: "
-                            + ", ".join(map(str, paths[:5])))
-    return matched
+            notes.append(f"{len(paths)} {kind} are left out; the first: "
+                         + ", ".join(map(str, paths[:5])))
+    return pairs
 
 
 def draw_random_split(names, folder):
@@ -612,52 +561,42 @@ def draw_random_split(names, folder):
     return {"val": sorted(order[:n]), "test": sorted(order[n:2 * n])}
 
 
-# a line of classes.txt: VALUE NAME, R G B NAME, or NAME
+# a line of classes.txt: VALUE NAME, R G B NAME, or NAME; and what was its form before
 CLASS_LINE = re.compile(r"(?:(\d+)[\s,]+(?:(\d+)[\s,]+(\d+)[\s,]+)?)?(\S.*)")
+OLD_CLASS_LINE = re.compile(r"(\D.*?)[\s,]+(\d+)[\s,]+(\d+)[\s,]+(\d+)")
 
 
 def read_classes(folder):
-    """What classes.txt says: ({value: label}, names); (None, ["background", "foreground"]) without
-    one. A class `background` comes first; `void` or `ignore` is neither learned nor scored, nor is
-    255 where it has no line."""
+    """What classes.txt says: ({value: label}, names); without one (None, ["background",
+    "foreground"]). A class `background` comes first; `void` or `ignore` is neither learned nor
+    scored, nor is 255 where it has no line."""
     path = folder / "classes.txt"
     if not path.is_file():
         return None, ["background", "foreground"]
     text = path.read_bytes()
     utf16 = text.startswith((b"\xff\xfe", b"\xfe\xff"))  # as Windows may write it
     lines = text.decode("utf-16" if utf16 else "utf-8-sig", "replace").splitlines()
-    rows, kinds = [], set()  # (value, name); how many numbers a line has
-    for i, line in enumerate(filter(str.strip, lines)):
-        *numbers, name = CLASS_LINE.fullmatch(line.strip()).groups()
+    value_of, kinds = {}, set()  # {name: value}; how many numbers a line has
+    for i, line in enumerate(filter(None, map(str.strip, lines))):
+        *numbers, name = CLASS_LINE.fullmatch(line).groups()
         numbers = [int(number) for number in numbers if number]
         kinds.add(len(numbers))
-        if old := re.fullmatch(r"(\D.*?)[\s,]+(\d+)[\s,]+(\d+)[\s,]+(\d+)", line.strip()):
-            raise UserError(f"{path} has the line {line.strip()!r}; the colour comes first: "
-                            f"{' '.join(old.group(2, 3, 4, 1))}")
-        if len(kinds) > 1 or len(numbers) == 3 and max(numbers) > 255:
-            raise UserError(f"{path} has the line {line.strip()!r}; expected VALUE NAME, or R G B "
-                            "NAME, or NAME, the same in all lines")
-        colour = RGB_FLAG + int.from_bytes(bytes(numbers), "big") if len(numbers) == 3 else None
-        value = colour or (*numbers, i)[0]
-        rows.append((value, name))
-    learned = [row for row in rows if row[1].lower() not in ("void", "ignore")]
-    learned.sort(key=lambda row: row[1].lower() != "background")
-    names = [name for _, name in learned]
-    if len({value for value, _ in rows}) < len(rows) or len(set(names)) < len(names):
-        raise UserError(f"{path} has a value or a name twice; each class has its own")
+        expected = "expected VALUE NAME, or R G B NAME, or NAME, the same in all lines"
+        if old := OLD_CLASS_LINE.fullmatch(line):
+            expected = f"the colour comes first: {' '.join(old.group(2, 3, 4, 1))}"
+        if old or len(kinds) > 1 or len(numbers) == 3 and max(numbers) > 255:
+            raise UserError(f"{path} has the line {line!r}; {expected}")
+        value = RGB_FLAG + int.from_bytes(numbers, "big") if len(numbers) == 3 else (*numbers, i)[0]
+        if name in value_of or value in value_of.values():
+            raise UserError(f"{path} has the name or value of {line!r} twice; each class has its own")
+        value_of[name] = value
+    names = [name for name in value_of if name.lower() not in ("void", "ignore")]
+    names.sort(key=lambda name: name.lower() != "background")
     if not 2 <= len(names) <= 100:
         raise UserError(f"{path} names {len(names)} classes; 2 to 100 can be learned")
-    classes = {255: IGNORE_INDEX} if kinds != {3} else {}
-    return classes | dict.fromkeys((value for value, _ in rows), IGNORE_INDEX) | {
-        value: label for label, (value, _) in enumerate(learned)}, names
-
-
-def get_samples(dataset, split):
-    """The samples of a split, if there is such a split."""
-    if split not in dataset.splits:
-        raise UserError(f"{dataset.folder} has no {split} split"
-                        + "; eval can take --split val" * (split == "test"))
-    return dataset.splits[split]
+    classes = {} if kinds == {3} else {255: IGNORE_INDEX}
+    classes |= dict.fromkeys(value_of.values(), IGNORE_INDEX)
+    return classes | {value_of[name]: label for label, name in enumerate(names)}, names
 
 
 SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
@@ -668,16 +607,13 @@ def find_images(paths):
     SUFFIXES; a file that is named is taken as it is. Links to folders are not followed."""
     found = []
     for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES
-                            and p.is_file() and p.name[0] != ".")
-            if not inside:
-                raise UserError(f"there are no images in the folder {path}")
-            found += inside
-        elif path.is_file():
-            found.append(path)
-        else:
+        if not path.is_dir() and not path.is_file():
             raise UserError(f"there is no file or folder {path}")
+        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()
+                        and p.name[0] != ".") if path.is_dir() else [path]
+        if not inside:
+            raise UserError(f"there are no images in the folder {path}")
+        found += inside
     return found
 
 
@@ -690,16 +626,15 @@ def find_ground_truth(image):
 def unique_names(names):
     """A name for the outputs of each: on one line, at most 200 bytes, which leaves room for an
     ending; with a number where it comes again."""
-    taken, result = set(), []
+    taken = {}  # in lower case: in upper case
     for name in names:
         stem = escape_nonprintable(name).encode()[:200].decode(errors="ignore")
         name, number = stem, 1
         while name.casefold() in taken:
             number += 1
             name = f"{stem}-{number}"
-        taken.add(name.casefold())
-        result.append(name)
-    return result
+        taken[name.casefold()] = name
+    return [*taken.values()]
 
 
 class Check(NamedTuple):
@@ -715,11 +650,11 @@ def verify(dataset):
         labels, notes = read_pair(sample, (32, 32))[1], []
         with open_image(sample.image) as image:
             if image.mode.startswith("I"):
-                notes.append(f"16-bit images, white at {full_scale(np.max(image), image.mode)}")
-        if sample.classes is None and between_dark_and_light(read_mask_values(sample.mask)).any():
-            notes.append("masks with blurred edges, cut at 128")
-        return notes, np.bincount(labels_to_target(torch.from_numpy(labels)).flatten(),
-                                  minlength=256)
+                notes.append(f"16-bit images, white at {white_level(image)}")
+        if sample.classes is None and soft_fraction(read_mask_values(sample.mask)):
+            notes.append("masks with soft edges, cut at 128")
+        target = labels_to_target(torch.from_numpy(labels))
+        return notes, np.bincount(target.flatten(), minlength=256)[:IGNORE_INDEX]
 
     result = {}
     for split, samples in dataset.splits.items():
@@ -727,17 +662,10 @@ def verify(dataset):
         errors = [str(each) for each in found if isinstance(each, UserError)]
         good = [each for each in found if not isinstance(each, UserError)]
         notes = Counter(note for some, _ in good for note in some)
-        pixels = sum(counts for _, counts in good)[:IGNORE_INDEX] if good else np.ones(1)
+        pixels = sum((counts for _, counts in good), np.zeros(IGNORE_INDEX, int))
         result[split] = Check(errors, [f"{n} {note}" for note, n in notes.items()],
                               pixels / max(pixels.sum(), 1))
     return result
-
-
-def fingerprint(paths, *more):
-    """A hash of the files' sizes and times, of what `set_max_pixels` has set, and of `more`."""
-    stats = [os.stat(path) if path.exists() else None for path in paths]
-    facts = [[(s.st_size, s.st_mtime_ns) if s else 0 for s in stats], Image.MAX_IMAGE_PIXELS, *more]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
 # -------------------------------------------------------------------------------------- download
@@ -751,37 +679,36 @@ def get_pets(root, url, archives=PETS_MD5, retry_delays=(1, 2, 4, 8, 16)):
     """Downloads and unpacks what is missing of the pets; returns their folder."""
     folder = Path(root) / PETS
     for name, md5 in archives.items():
-        content = folder / name.removesuffix(".tar.gz")
+        archive, content = folder / name, folder / name.removesuffix(".tar.gz")
         if content.is_dir():
             continue
-        archive = folder / name
-        archive.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         if not archive.exists():
             download(f"{url.rstrip('/')}/{name}", archive, retry_delays)
+        digest = hashlib.md5(usedforsecurity=False)
         with open(archive, "rb") as file:
-            intact = hashlib.file_digest(file, "md5").hexdigest() == md5
-        if not intact:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+        if digest.hexdigest() != md5:
             archive.unlink()
             raise DownloadError(f"{archive} had a wrong checksum and was deleted; try again, or name "
                                 "another mirror with --url")
         with atomic_path(content) as new, tarfile.open(archive) as tar:
-            tar.extractall(new, filter="data")  # refuses what would leave the folder, and devices
-            os.replace(new / content.name, new.with_name("content"))
-            os.rmdir(new)
-            os.replace(new.with_name("content"), new)
+            tar.extractall(new.parent, filter="data")  # refuses what would leave the folder
+            os.rename(new.parent / content.name, new)
         archive.unlink()
     return folder
 
 
 def download(url, path, retry_delays):
-    """Downloads to `path`.part, continuing after a break, then renames. Gives up after as many
-    breaks in a row as there are delays."""
+    """Downloads to `path`.part, goes on after a break, then renames. Gives up after as many breaks
+    in a row as there are delays."""
     part, failures = path.with_name(f"{path.name}.part"), 0
-    while True:
+    while not path.exists():
         offset = part.stat().st_size if part.exists() else 0
         try:
             download_range(url, part, offset)
-            break
+            os.replace(part, path)
         except NETWORK_ERRORS as error:
             progressed = part.exists() and part.stat().st_size > offset
             failures = 1 if progressed else failures + 1
@@ -791,8 +718,7 @@ def download(url, path, retry_delays):
                                     "mirror with --url") from error
             time.sleep(retry_delays[failures - 1])
         except ValueError as error:
-            raise UserError(f"{url} cannot be used: {error}; --url takes http://…") from error
-    os.replace(part, path)
+            raise UserError(f"{url} cannot be used: {error}") from error
 
 
 def download_range(url, part, offset):
@@ -826,7 +752,7 @@ def escape_nonprintable(text):
 
 
 class UserError(Exception):
-    """Something that the user can mend: what is wrong, where, and what to do; more arguments are
+    """Something that the user can mend: what is wrong, where, and what to do; further arguments are
     lines of detail."""
 
     def __str__(self):
@@ -842,16 +768,16 @@ class DownloadError(UserError):
 
 
 def seeded_generator(*key):
-    """A torch.Generator seeded by a hash of `key`, e.g. ("shuffle", seed, epoch): no state of a
-    global generator has to be saved for an exact resume."""
+    """A torch.Generator seeded by a hash of `key`, e.g. ("shuffle", seed, epoch): an exact resume
+    needs no state of a global generator."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 @contextlib.contextmanager
 def atomic_path(path):
-    """Yields a path beside `path` to write a file or folder to, which is renamed to `path` at the
-    end; after an error or a kill the old `path` is still there."""
+    """Yields a path to write a file or folder to, which is renamed to `path` at the end; after an
+    error or a kill the old `path` is still there."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as temporary:
@@ -915,8 +841,7 @@ def parallel_map(function, items, threads=None):
             return error
 
     threads = threads or torch.get_num_threads()
-    remaining = iter(items)
-    pool = ThreadPoolExecutor(threads)
+    remaining, pool = iter(items), ThreadPoolExecutor(threads)
     try:
         pending = deque(pool.submit(call, item) for item in islice(remaining, 4 * threads))
         while pending:
@@ -938,21 +863,17 @@ class StatusLine:
     """A line on stderr that is redrawn in a terminal; in a log, a line every 30 seconds."""
 
     def __init__(self):
-        self.terminal = sys.stderr.isatty()
-        self.last = time.monotonic()
+        self.terminal, self.last = sys.stderr.isatty(), time.monotonic()
 
     def due(self):
-        return on_rank0() and time.monotonic() - self.last > (0.2 if self.terminal else 30)
+        """Whether it is time for the next text; never on ranks above 0, which do not talk."""
+        return (os.environ.get("RANK", "0") == "0"
+                and time.monotonic() - self.last > (0.2 if self.terminal else 30))
 
-    def show(self, text, final=False):
+    def show(self, text):
         self.last = time.monotonic()
-        start, end = ("\r\x1b[K", "\n" if final else "") if self.terminal else ("", "\n")
-        print(start + text, file=sys.stderr, flush=True, end=end)
-
-
-def on_rank0():
-    """Whether this process is torchrun's rank 0, or alone: only that one talks."""
-    return os.environ.get("RANK", "0") == "0"
+        print(f"\r\x1b[K{text}" if self.terminal else text, file=sys.stderr, flush=True,
+              end="" if self.terminal else "\n")
 
 
 def progress(items, title, total, done=0, unit="images", scale=1, size=lambda item: 1):
@@ -961,14 +882,11 @@ def progress(items, title, total, done=0, unit="images", scale=1, size=lambda it
     for item in items:
         yield item
         done += size(item)
-        if line.due():
-            speed = (done - first) / (time.monotonic() - start)
-            left = f" of {total / scale:,.0f}" * bool(total), total and (total - done) / speed
-            line.show(f"{title}: {done / scale:,.0f}{left[0]} {unit}, {speed / scale:,.1f} {unit}/s"
-                      + (f", {format_time(left[1])} left" if total else ""))
-    if on_rank0():
-        line.show(f"{title}: {done / scale:,.0f} {unit}, {format_time(time.monotonic() - start)}",
-                  final=True)
+        if line.due() or done == total:
+            seconds = time.monotonic() - start
+            left = format_time(seconds * (total - done) / (done - first)) if total else "?"
+            line.show(f"{title}: {done / scale:,.0f} of {(total or 0) / scale:,.0f} {unit}, "
+                      f"{(done - first) / seconds / scale:,.1f} {unit}/s, {left} left")
 
 
 # ----------------------------------------------------------------------- masks, overlays, cut-outs
