@@ -34,11 +34,10 @@ class Parser(argparse.ArgumentParser):
 def number(kind, low, high=float("inf")):
     """The type of an option: an int or float within bounds."""
     def parse(text):
-        value = kind(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"expected {low} to {high}, not {text}")
-        return value
-    parse.__name__ = kind.__name__
+        if low <= kind(text) <= high:
+            return kind(text)
+        raise argparse.ArgumentTypeError(f"expected {low} to {high}, not {text}")
+    parse.__name__ = kind.__name__  # argparse names it where `kind` fails
     return parse
 
 
@@ -187,6 +186,7 @@ import math
 import pickle
 import platform
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -400,8 +400,8 @@ def setup_device(args):
     """The device asked for, or the best there is; sets the threads and malloc of this process."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
                  "cpu": True}
-    name = next(kind for kind in available if args.device in (kind, "auto") and (
-        available[kind] or args.device == kind))
+    best = next(name for name, there in available.items() if there)
+    name = best if args.device == "auto" else args.device
     if not available[name]:
         raise UserError(f"this machine has no {name} device that torch can use; try --device cpu")
     torch.backends.cudnn.deterministic = True  # the same seed gives the same weights
@@ -410,9 +410,8 @@ def setup_device(args):
     # glibc keeps freed memory instead of returning it to the kernel, which clears each new page: a
     # step of UNet takes 250 ms instead of 300, of ResNet34-UNet 212 instead of 235
     if name == "cpu" and sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8  # numbers of malloc.h
-        for option, value in ((m_trim_threshold, 2**31 - 1), (m_mmap_threshold, 2**24),
-                              (m_arena_max, 1)):
+        trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # numbers of malloc.h
+        for option, value in ((trim_threshold, 2**31 - 1), (mmap_threshold, 2**24), (arena_max, 1)):
             ctypes.CDLL(None).mallopt(option, value)
     return torch.device(name)
 
@@ -422,11 +421,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def pick_precision(name, device):
     """"bf16" or "fp32"; auto is bfloat16 where the hardware multiplies it faster."""
-    if device.type == "cuda":
-        fast = torch.cuda.get_device_capability()[0] >= 8
-    else:
-        fast = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported()
-                                         or torch.cpu._is_amx_tile_supported())
+    fast = torch.cuda.get_device_capability()[0] >= 8 if device.type == "cuda" else (
+        device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported()
+                                  or torch.cpu._is_amx_tile_supported()))
     return name if name in DTYPES else "bf16" if fast else "fp32"
 
 
@@ -434,17 +431,17 @@ def find_data(choice, root, url):
     """The folder that --data means, downloaded or drawn if need be: (its name, it)."""
     if choice not in ("auto", "pets", "toy"):
         return "".join(c if c.isalnum() else "-" for c in Path(choice).resolve().name), Path(choice)
+    toys = Path(root) / data.TOYS
     with data.lock(root):  # two runs that start together do not download twice
-        try:
-            if choice != "toy":
+        if choice != "toy":
+            try:
                 return "pets", data.get_pets(root, url)
-        except data.DownloadError as error:
-            if choice == "pets":
-                raise
-            log(f"!!! The pets are not in {root} and could not be downloaded: {error}.\n"
-                "!!! What follows uses TOY PETS, drawn by this program: its scores say nothing\n"
-                f"!!! about real photos. For the real pets: {PROGRAM} data get, or --data FOLDER.")
-        toys = Path(root) / data.TOYS
+            except data.DownloadError as error:
+                if choice == "pets":
+                    raise
+                log(f"!!! The pets are not in {root} and could not be downloaded: {error}.\n!!! "
+                    "What follows uses TOY PETS, drawn by this program: its scores say nothing\n!!! "
+                    f"about real photos. For real pets: {PROGRAM} data get, or --data FOLDER.")
         return "toy", toys if toys.is_dir() else data.make_toys(root)
 
 
@@ -475,15 +472,14 @@ def class_frequencies(dataset, split, config):
     for labels in np.array_split(split.labels, len(split.labels) // 256 + 1):
         target = eval_target(config, torch.from_numpy(np.array(labels)))
         pixels += torch.bincount(target.flatten(), minlength=256)
-    names, ignored = config["class_names"], pixels[data.IGNORE_INDEX] / pixels.sum()
+    names = config["class_names"]
     frequencies = pixels[:len(names)].double() / pixels[:len(names)].sum().clamp(min=1)
-    text = [f"{name} {frequency:.1%}" for name, frequency in zip(names, frequencies.tolist())]
     log(f"{dataset.folder}: {dataset.layout}; "
-        + ", ".join(f"{len(samples):,} {name}" for name, samples in dataset.splits.items())
-        + f"; pixels: {', '.join(text)}" + f"; ignored {ignored:.1%}" * bool(ignored))
-    if absent := [name for name, frequency in zip(names, frequencies) if not frequency]:
-        log(f"warning: {', '.join(absent)} never occurs in the training images: it cannot be "
-            "learned")
+        + ", ".join(f"{len(samples):,} {name}" for name, samples in dataset.splits.items()) + "; "
+        + ", ".join(f"{name} {f:.1%}" for name, f in zip(names, frequencies.tolist()))
+        + f" of the pixels; ignored {pixels[data.IGNORE_INDEX] / pixels.sum():.1%}")
+    if absent := [name for name, f in zip(names, frequencies) if not f]:
+        log(f"warning: never in the training images, so it cannot be learned: {', '.join(absent)}")
     return frequencies
 
 
@@ -565,29 +561,26 @@ def epoch_metrics(folder, run, config, val, lr, seconds):
     if not n or not math.isfinite(val[0]):
         abort_run(folder, run, f"the val loss is {val[0]}")
     names, (height, width) = config["class_names"], layers.train_size(config, run.epoch)
-    if len(names) == 2:
-        train, columns = {"dice": dice_sum / n, "iou": iou_sum / n}, ("dice", "iou")
-    else:
-        train, columns = layers.class_metrics(run.counts.cpu(), names), ("mean_dice", "mean_iou")
-    val_metrics = compute_metrics(val[1], names)
-    return {"epoch": run.epoch, "image_height": height, "image_width": width,
-            "train_loss": loss_sum / n, **{f"train_{name}": train[name] for name in columns},
-            "val_loss": val[0], **{f"val_{name}": val_metrics[name] for name in columns}, "lr": lr,
-            "skipped_steps": run.skipped, "seconds": seconds, "images_per_second": n / seconds}
+    binary, metrics = len(names) == 2, {"val": compute_metrics(val[1], names)}
+    metrics["train"] = ({"dice": dice_sum / n, "iou": iou_sum / n} if binary
+                        else layers.class_metrics(run.counts.cpu(), names))
+    row = {"epoch": run.epoch, "image_height": height, "image_width": width}
+    for split, loss in (("train", loss_sum / n), ("val", val[0])):
+        row[f"{split}_loss"] = loss
+        for name in ("dice", "iou") if binary else ("mean_dice", "mean_iou"):
+            row[f"{split}_{name}"] = metrics[split][name]
+    return row | {"lr": lr, "skipped_steps": run.skipped, "seconds": seconds,
+                  "images_per_second": n / seconds}
 
 
 def log_epoch(row, config, best):
     """A line about an epoch; * marks the best so far."""
     name = main_metric(config)
     log(f"epoch {row['epoch']}/{config['epochs']}  {row['image_height']}×{row['image_width']}  "
-        + "  ".join(f"{split} loss {row[f'{split}_loss']:.4f} {METRIC_LABELS[name]} "
-                    f"{row[f'{split}_{name}']:.4f}" for split in ("train", "val"))
-        + f"{' *' if best else '  '}  {data.format_time(row['seconds'])}, "
-        f"{row['images_per_second']:.0f} images/s"
+        + "  ".join(f"{split} loss {row[f'{split}_loss']:.4f} {name} {row[f'{split}_{name}']:.4f}"
+                    for split in ("train", "val")) + f"{' *' if best else '  '}  "
+        f"{data.format_time(row['seconds'])}, {row['images_per_second']:.0f} images/s"
         + f", {row['skipped_steps']} steps skipped: infinite gradients" * bool(row["skipped_steps"]))
-
-
-METRIC_LABELS = {"dice": "Dice", "mean_iou": "mean IoU"}
 
 
 def draw_samples(path, predictor, split, indices):
@@ -598,10 +591,10 @@ def draw_samples(path, predictor, split, indices):
     target = eval_target(config, labels)
     scores = image_scores(layers.count_pixels(masks, target, len(names))).tolist()
     truths = torch.where(target == data.IGNORE_INDEX, 0, target).cpu().numpy()
-    panels = [data.panel(data.to_image(split.images[i]), truth, mask, f"{split.names[i]}  "
-                         f"{METRIC_LABELS[main_metric(config)]} {score:.3f}", names, side=160)
-              for i, truth, mask, score in zip(indices, truths, masks.cpu().numpy(), scores)]
-    data.save_image(data.image_grid(panels), path)
+    data.save_image(data.image_grid([
+        data.panel(data.to_image(split.images[i]), truth, mask,
+                   f"{split.names[i]}  {main_metric(config)} {score:.3f}", names, side=160)
+        for i, truth, mask, score in zip(indices, truths, masks.cpu().numpy(), scores)]), path)
 
 
 def evaluate_and_draw_worst(predictor, split, path):
@@ -649,19 +642,17 @@ RESUME_OVERRIDES = ("epochs", "threads", "save_every", "checkpoint_minutes", "ro
 def open_run(args, device):
     """(folder, config, last.pt): of a new run, where last.pt is None, or of one to go on with. Of a
     finished run (folder, None, its result)."""
-    typed = typed_options(args)
+    typed, run_id = typed_options(args), os.environ.get("TORCHELASTIC_RUN_ID", "none")
     folder = Path(args.resume) if args.resume else args.name and Path(args.out) / args.name
-    if folder and not has_checkpoint(folder) and (args.resume or (folder / "best.pt").exists()):
-        raise UserError(f"{folder} has no last.pt to go on with; name a folder in {args.out}, or "
-                        "start from the weights of a best.pt: train MODEL --init-from BEST")
     if not folder or not has_checkpoint(folder):
+        if folder and (args.resume or (folder / "best.pt").exists()):
+            raise UserError(f"{folder} has no last.pt to go on with; name a folder in {args.out}, "
+                            "or take the weights of a best.pt: train MODEL --init-from BEST")
         if not args.model:
             raise UserError(f"which model? {PROGRAM} train unet, or train resnet34_unet")
         name, _ = find_data(args.data or "auto", args.root or "data", args.url)
         config = resolve_config(typed, device, toy=name == "toy")
-        if config["data"] == "auto":
-            config["data"] = name
-        run_id = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+        config["data"] = name if config["data"] == "auto" else config["data"]
         if run_id == "none":
             run_id = f"{datetime.now():%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
         folder = folder or Path(args.out) / f"{name}-{config['model']}-{run_id}"
@@ -737,18 +728,16 @@ def resolve_config(typed, device, toy=False):
 
 def environment_info(device):
     """What a run runs on."""
-    try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True,
-                                capture_output=True).stdout.strip()
-    except FileNotFoundError:  # no git on this machine
-        commit = None
+    git = shutil.which("git") and subprocess.run(["git", "rev-parse", "HEAD"], text=True,
+                                                 cwd=Path(__file__).parent, capture_output=True)
     cpu = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     machine = (re.findall(r"model name\s*: (.*)", cpu) or [platform.processor()])[0]
     if device.type == "cuda":
         machine = torch.cuda.get_device_name(device)
     return {"device": str(device), "machine": machine, "threads": torch.get_num_threads(),
-            "processes": world_size(), "commit": commit, "system": platform.platform(),
-            "python": platform.python_version(), "torch": str(torch.__version__)}
+            "processes": world_size(), "commit": git.stdout.strip() if git else None,
+            "system": platform.platform(), "python": platform.python_version(),
+            "torch": str(torch.__version__)}
 
 
 def log_start(folder, config, resumed):
@@ -844,7 +833,6 @@ def save_last(folder, run, config, model, ema_model, optimizers):
 
 def load_last(folder):
     """The last.pt of a run or, where that is damaged or not finite, its previous.pt."""
-    errors = []
     for path in (folder / "last.pt", folder / "previous.pt"):
         try:
             last = load_checkpoint(path, LAST)
@@ -852,10 +840,9 @@ def load_last(folder):
                 return last
             raise UserError(f"the weights in {path} are not all finite")
         except UserError as error:
-            errors.append(str(error))
-            log(f"warning: {error}" + "; trying previous.pt" * (len(errors) == 1))
-    raise UserError(f"{'; '.join(errors)}; if there is a best.pt, train MODEL --init-from "
-                    f"{folder / 'best.pt'} begins a new run with its weights")
+            log(f"warning: {error}")
+    raise UserError(f"{folder} has no checkpoint to go on with; if there is a best.pt, train MODEL "
+                    f"--init-from {folder / 'best.pt'} begins a new run with its weights")
 
 
 def restore(run, model, ema_model, optimizers, last, folder):
@@ -955,9 +942,9 @@ def eval_command(args):
         breed_of = np.array([name.rpartition("_")[0] for name in split.names])
         result["breeds"] = {breed: compute_metrics(counts[breed_of == breed], names)
                             for breed in np.unique(breed_of).tolist()}
-        rows = [{"breed": breed, **row} for breed, row in result["breeds"].items()]
-        rows.sort(key=lambda row: row["dice"])
-        text = format_table([*rows, {"breed": f"all of {args.split}", **metrics}])
+        rows = sorted(result["breeds"].items(), key=lambda item: item[1]["dice"])
+        text = format_table([{"breed": breed, **row} for breed, row in
+                             (*rows, (f"all of {args.split}", metrics))])
     print_result(args, f"{text}\nthe worst images: {out / f'worst-{args.split}.png'}", result,
                  out / f"{args.split}.json")
 
