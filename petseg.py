@@ -15,21 +15,18 @@ PROGRAM = os.environ.get("PETSEG_PROGRAM") or f"python {sys.argv[0]}"  # as the 
 DEFAULT_CKPT = Path(__file__).with_name("weights") / "unet.pt"
 PETS_URL = "https://www.robots.ox.ac.uk/~vgg/data/pets/data/"
 MODELS = ("unet", "resnet34_unet")
-AUGMENT_BOUNDS = {"flip": (0, 1), "vflip": (0, 1), "rotate": (0, 180), "zoom": (1, 10),
-                  "aspect": (1, 3), "shift": (0, 1), "brightness": (0, 1), "contrast": (0, 1),
-                  "saturation": (0, 1), "cutmix": (0, 1)}
+AUGMENT_BOUNDS = {"rotate": (0, 180), "zoom": (1, 10), "aspect": (1, 3)} | dict.fromkeys(
+    ("flip", "vflip", "shift", "brightness", "contrast", "saturation", "cutmix"), (0, 1))
 FULL = {"flip": 0.5, "rotate": 20, "zoom": 1.4, "shift": 0.1, "brightness": 0.3, "contrast": 0.3,
         "saturation": 1.0}
 AUGMENT_PRESETS = {"none": {}, "flip": {"flip": 0.5}, "full": FULL,
                    "strong": FULL | {"zoom": 1.7, "aspect": 1.16, "cutmix": 0.5}}
-
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
 
     def error(self, message):
         self.exit(2, f"petseg: {message}; see {' '.join([PROGRAM, *self.prog.split()[1:]])} -h\n")
-
 
 def number(kind, low, high=float("inf")):
     """The type of an option: an int or float within bounds."""
@@ -39,7 +36,6 @@ def number(kind, low, high=float("inf")):
         raise argparse.ArgumentTypeError(f"expected {low} to {high}, not {text}")
     parse.__name__ = kind.__name__  # argparse names it where `kind` fails
     return parse
-
 
 def parse_augment(text):
     """--augment as {name: strength}: a preset, or strengths as in rotate=15,flip=0.5."""
@@ -52,7 +48,6 @@ def parse_augment(text):
             f"rotate=15,flip=0.5, not {text!r}")
     return {name: number(float, *AUGMENT_BOUNDS[name])(value) for name, value in strengths.items()}
 
-
 def image_size(text):
     """--size as (height, width): S, or HxW."""
     sides = [int(word) if word.isdecimal() else 0 for word in text.split("x")]
@@ -60,7 +55,6 @@ def image_size(text):
         raise argparse.ArgumentTypeError(f"expected a side from 32 to {2**15} as in 128, or height "
                                          f"and width as in 256x512, not {text!r}")
     return sides[0], sides[-1]
-
 
 COUNT, AMOUNT, FRACTION = number(int, 1, 2**31), number(float, 0), number(float, 0, 1)
 # Every option: default, type or choices, help. First those of a run, its config; a default of None
@@ -87,8 +81,7 @@ OPTIONS = {
     "grad_clip": (1.0, AMOUNT, "largest gradient norm, 0 for no limit"),
     "grad_accum": (1, COUNT, "batches per optimizer step"),
     "ema": (0.99, FRACTION, "decay of the EMA of the weights, 0 for none"),
-    "augment": (None, parse_augment, "full (toys: flip; from 100 epochs on: strong), none, or "
-                "strengths as in rotate=15,flip=0.5"),
+    "augment": (None, parse_augment, "none, flip, full, strong, or as in rotate=15,flip=0.5"),
     "augment_prob": (1.0, FRACTION, "probability that an image is augmented"),
     "progressive": (0.85, FRACTION, "fraction of the epochs that train on smaller images"),
     "repeat": (1, COUNT, "times that an image appears in an epoch"),
@@ -96,8 +89,7 @@ OPTIONS = {
                "what a trimap's border is in training; class: a class of its own"),
     "classes": ("pet", ("pet", "species"), "of the pets: pet, or cat and dog"),
     "cityscapes_classes": ("19", ("19", "30"), "those that are scored, or all"),
-    "class_weights": ("auto", ("auto", "none", "inverse", "sqrt"), "in the cross-entropy: inverse "
-                      "class frequency, its root, or auto: sqrt for more than two classes"),
+    "class_weights": ("auto", ("auto", "none", "inverse", "sqrt"), "auto: sqrt beyond two classes"),
     "compile": (False, bool, "use torch.compile"),
     "grad_checkpoint": (False, bool, "gradient checkpointing: less memory, a quarter more time"),
     "precision": ("auto", ("auto", "bf16", "fp32"), "auto: bfloat16 where the hardware has it"),
@@ -125,7 +117,6 @@ OTHER_OPTIONS = {
     "rounds": (3, COUNT, "measurements of each variant, of which the median"),
     "only": (None, str, argparse.SUPPRESS),
 }
-
 
 def command_line():
     """The parser. An option of a run that is not typed stays None, unless its command has a default
@@ -170,7 +161,6 @@ def command_line():
             "rounds", "only", data="toy")("model", choices=MODELS)
     return parser
 
-
 # parsed before torch is imported, which takes a second: --help and typing errors come at once
 ARGS = command_line().parse_args() if __name__ == "__main__" else None
 
@@ -211,7 +201,6 @@ except ImportError:  # not on Windows
     resource = None
 
 # ----------------------------------------------------------------------------------------- train
-
 
 def train_step(config, model, optimizers, train_set, indices, epoch, step, class_weights=None):
     """One optimizer step on the images `indices`, a micro-batch at a time. Returns the sums of
@@ -259,7 +248,6 @@ def train_step(config, model, optimizers, train_set, indices, epoch, step, class
     for buffer, before in zip(model.buffers(), bn_stats):
         buffer.copy_(before)
 
-
 def train(args):
     """Trains a model from scratch, or goes on with a run; then scores the test split."""
     device = setup_device(args)
@@ -284,8 +272,8 @@ def train(args):
     if config["init_from"] and not last:
         init_from(model, config)
     ema_model = copy.deepcopy(model) if config["ema"] else model
-    ddp_model = wrap_ddp(model, device)
-    ddp_model = torch.compile(ddp_model) if config["compile"] else ddp_model
+    train_model = wrap_ddp(model, device)
+    train_model = torch.compile(train_model) if config["compile"] else train_model
     optimizers = layers.make_optimizers(model, config)
 
     # where the run stands
@@ -295,39 +283,34 @@ def train(args):
     if last:
         restore(run, model, ema_model, optimizers, last, folder)
     run.sums, run.counts = run.sums.to(device), run.counts.to(device)
-    images_per_step = config["batch_size"] * config["grad_accum"]
-    progress, metric = layers.epoch_progress(config), main_metric(config)
     checkpoint = folder, run, config, model, ema_model, optimizers
     saved = save_last(*checkpoint)  # at once, so that a full disk shows now
     log_start(folder, config, resumed=bool(last))
-    status, (signals, old_handlers) = data.StatusLine(), install_signal_handlers()
+    progress, status, signals = layers.epoch_progress(config), data.StatusLine(), catch_signals()
 
     while run.epoch <= config["epochs"]:
         start = time.monotonic() - run.seconds
-        order = data.epoch_order(len(train_set.names), config["repeat"], config["seed"], run.epoch)
-        steps = order.split(images_per_step)
-        val_scores = [row[f"val_{metric}"] for row in run.history]
-        before, after = progress[run.epoch - 1:run.epoch + 1]
+        steps = data.epoch_order(len(train_set.names), config["repeat"], config["seed"], run.epoch
+                                 ).split(config["batch_size"] * config["grad_accum"])
         model.train()
         for step in range(run.step, len(steps)):
             overdue = time.monotonic() - saved > 60 * (config["checkpoint_minutes"] or math.inf)
             signum, overdue = all_reduce(torch.tensor([max(signals, default=0), overdue]),
                                          dist.ReduceOp.MAX).tolist()  # all ranks do the same
             if signum or overdue:
-                run.step, run.seconds = step, time.monotonic() - start
+                run.step = step
                 saved = save_last(*checkpoint)
             if signum:
                 log(f"petseg: stopped in epoch {run.epoch} and saved; to go on: {PROGRAM} train "
                     f"--resume {shlex.quote(str(folder))}")
                 raise SystemExit(128 + signum)
 
-            done = before + (after - before) * (step + 0.5) / len(steps)  # half of this step
-            lr = layers.SCHEDULES[config["schedule"]](config, done, val_scores)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * group["lr_scale"]
-            result = train_step(config, ddp_model, optimizers, train_set, steps[step], run.epoch,
+            done = layers.interpolate(progress, run.epoch - 1 + (step + 0.5) / len(steps))
+            lr = layers.SCHEDULES[config["schedule"]](config, done, val_scores(run, config))
+            set_lr(optimizers, lr)
+            result = train_step(config, train_model, optimizers, train_set, steps[step], run.epoch,
                                 step, class_weights)
+            run.seconds = time.monotonic() - start
             if result:
                 run.sums += result[0]
                 run.counts += result[1]
@@ -338,39 +321,28 @@ def train(args):
             if run.skipped > MAX_SKIPPED_STEPS:
                 abort_run(folder, run, f"{run.skipped} steps had infinite gradients")
             if status.due():
-                seconds = time.monotonic() - start
+                speed = (done - progress[run.epoch - 1]) / run.seconds
                 status.show(f"epoch {run.epoch}/{config['epochs']}  step {step + 1}/{len(steps)}  "
                             f"loss {run.sums[0] / run.sums[1]:.4f}  "
-                            f"{data.format_time(seconds / (done - before) * (1 - done))} left")
+                            f"{data.format_time((1 - done) / speed)} left")
 
-        seconds = time.monotonic() - start
         predictor = Predictor(ema_model, config)
-        val = evaluate(predictor, val_set, config["loss"], class_weights)
-        row = epoch_metrics(folder, run, config, val, lr, seconds)
-        best = all(row[f"val_{metric}"] > score for score in val_scores)
-        log_epoch(row, config, best)
-        run.history.append(row)
+        best = end_epoch(folder, run, config, lr,
+                         *evaluate(predictor, val_set, config["loss"], class_weights))
         if rank() == 0:
             # last.pt comes last: killed before it, the epoch is done again and writes the same
             if best or not (folder / "best.pt").exists():
                 save_model(folder / "best.pt", ema_model, config, run.history)
             if config["save_every"] and run.epoch % config["save_every"] == 0:
                 save_model(folder / f"epoch-{run.epoch}.pt", ema_model, config, run.history)
-            data.write_csv(folder / "metrics.csv", run.history)
-            data.draw_curves(folder / "curves.png", {folder.name: run.history}, metric)
-            draw_samples(folder / "samples.png", predictor, val_set,
-                         np.unique(np.linspace(0, len(val_set.names) - 1, 8).astype(int)))
+            draw_run(folder, run, config, predictor, val_set)
         run.epoch, run.step, run.skipped, run.seconds = run.epoch + 1, 0, 0, 0.0
         run.sums.zero_()
         run.counts.zero_()
         saved = save_last(*checkpoint)
 
-    for signum, handler in old_handlers.items():
-        signal.signal(signum, handler)
-    for signum in signals:  # it came after the last step; the run is saved
-        signal.raise_signal(signum)
+    release_signals(signals)
     score_test(args, folder, config, run.history, dataset)
-
 
 def evaluate(predictor, split, loss="bce_dice", class_weights=None, batch_size=32):
     """Predicts every image of a split: (mean loss, pixel counts of each image (N, C, 3))."""
@@ -386,15 +358,12 @@ def evaluate(predictor, split, loss="bce_dice", class_weights=None, batch_size=3
         counts[shard] = layers.count_pixels(mask, target, classes)
     return float(all_reduce(loss_sum)) / n, all_reduce(counts).cpu()
 
-
 def eval_target(config, labels):
     """Labels to the target of scores: a border counts as the class it borders, or as its own."""
     border = "class" if config["border"] == "class" else "foreground"
     return data.labels_to_target(labels, border, classes=len(config["class_names"]))
 
-
 # ------------------------------------------------------------------- what train and evaluate call
-
 
 def setup_device(args):
     """The device asked for, or the best there is; sets the threads and malloc of this process."""
@@ -415,9 +384,7 @@ def setup_device(args):
             ctypes.CDLL(None).mallopt(option, value)
     return torch.device(name)
 
-
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
 
 def pick_precision(name, device):
     """"bf16" or "fp32"; auto is bfloat16 where the hardware multiplies it faster."""
@@ -425,7 +392,6 @@ def pick_precision(name, device):
         device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported()
                                   or torch.cpu._is_amx_tile_supported()))
     return name if name in DTYPES else "bf16" if fast else "fp32"
-
 
 def find_data(choice, root, url):
     """The folder that --data means, downloaded or drawn if need be: (its name, it)."""
@@ -440,10 +406,9 @@ def find_data(choice, root, url):
                 if choice == "pets":
                     raise
                 log(f"!!! The pets are not in {root} and could not be downloaded: {error}.\n!!! "
-                    "What follows uses TOY PETS, drawn by this program: its scores say nothing\n!!! "
-                    f"about real photos. For real pets: {PROGRAM} data get, or --data FOLDER.")
+                    "What follows uses TOY PETS, drawn by this program: its scores say nothing\n"
+                    f"!!! about photos. For real pets: {PROGRAM} data get, or --data FOLDER.")
         return "toy", toys if toys.is_dir() else data.make_toys(root)
-
 
 def load_dataset(config, url):
     """The dataset of a config; the border is a class of its own where the config says so."""
@@ -455,7 +420,6 @@ def load_dataset(config, url):
     border = ["border"] * (config.get("border") == "class")
     return dataset._replace(class_names=dataset.class_names + border)
 
-
 def open_split(dataset, split, config):
     """A split from the cache, with a warning about images that are left out."""
     with data.lock(config["root"]):
@@ -464,7 +428,6 @@ def open_split(dataset, split, config):
         log(f"warning: {len(found.skipped)} images of {split} are missing or unreadable and are "
             "left out; the first: " + "; ".join(found.skipped[:5]))
     return found
-
 
 def class_frequencies(dataset, split, config):
     """The fraction of each class in the pixels of a split; logs what the dataset is."""
@@ -482,7 +445,6 @@ def class_frequencies(dataset, split, config):
         log(f"warning: never in the training images, so it cannot be learned: {', '.join(absent)}")
     return frequencies
 
-
 def build_model(config):
     """The model that a config describes, in channels-last memory. Two classes have one logit."""
     classes = len(config["class_names"])
@@ -492,11 +454,9 @@ def build_model(config):
     model.gradient_checkpointing = config["grad_checkpoint"]
     return model.to(memory_format=torch.channels_last)
 
-
 # how else an image is viewed for prediction: (scale, flipped). The flip gains 0.003 to 0.005 of val
 # Dice (14 runs), the two other scales 0.0005 to 0.003 more (9 runs), for twice the work
 TTA_VIEWS = ((1, True), (0.75, False), (1.25, True))
-
 
 class Predictor:
     """A fused copy of a model, ready for use: images (B, 3, H, W) in 0..1 to logits in fp32; with
@@ -524,18 +484,15 @@ class Predictor:
         mean = probs / (1 + len(TTA_VIEWS))
         return mean.logit(eps=1e-6) if mean.shape[1] == 1 else mean.clamp(min=1e-6).log()
 
-
 def main_metric(config):
     """The metric that selects the best epoch."""
     return "dice" if len(config["class_names"]) == 2 else "mean_iou"
-
 
 def compute_metrics(counts, class_names):
     """All metrics of a split, from the counts of each image (N, C, 3)."""
     if len(class_names) == 2:
         return layers.binary_metrics(counts) | {"images": len(counts)}
     return {"images": len(counts), **layers.class_metrics(counts.sum(dim=0), class_names)}
-
 
 def image_scores(counts):
     """The main metric of each image alone, the mean IoU over the classes that occur in it."""
@@ -545,43 +502,53 @@ def image_scores(counts):
     occurs = counts[..., 1:].any(dim=2)
     return (iou * occurs).sum(dim=1) / occurs.sum(dim=1).clamp(min=1)
 
-
 MAX_SKIPPED_STEPS = 10  # of an epoch, before the run is aborted
-
 
 def abort_run(folder, run, why):
     """Ends a run that diverged."""
     raise UserError(f"{why} in epoch {run.epoch} of {folder}; the last good checkpoint is kept; "
                     "begin a new run with a lower --lr, --grad-clip 1, or --precision fp32")
 
+def val_scores(run, config):
+    """The main metric on val of each epoch so far."""
+    return [row[f"val_{main_metric(config)}"] for row in run.history]
 
-def epoch_metrics(folder, run, config, val, lr, seconds):
-    """The row of metrics.csv of an epoch; `val` as `evaluate` returns it."""
+def set_lr(optimizers, lr):
+    """Sets the learning rate of the next step."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+
+def end_epoch(folder, run, config, lr, val_loss, val_counts):
+    """Adds the row of an epoch to the history and logs it; returns whether it is the best yet."""
     loss_sum, n, dice_sum, iou_sum = run.sums.tolist()
-    if not n or not math.isfinite(val[0]):
-        abort_run(folder, run, f"the val loss is {val[0]}")
-    names, (height, width) = config["class_names"], layers.train_size(config, run.epoch)
-    binary, metrics = len(names) == 2, {"val": compute_metrics(val[1], names)}
-    metrics["train"] = ({"dice": dice_sum / n, "iou": iou_sum / n} if binary
-                        else layers.class_metrics(run.counts.cpu(), names))
-    row = {"epoch": run.epoch, "image_height": height, "image_width": width}
-    for split, loss in (("train", loss_sum / n), ("val", val[0])):
-        row[f"{split}_loss"] = loss
-        for name in ("dice", "iou") if binary else ("mean_dice", "mean_iou"):
-            row[f"{split}_{name}"] = metrics[split][name]
-    return row | {"lr": lr, "skipped_steps": run.skipped, "seconds": seconds,
-                  "images_per_second": n / seconds}
+    if not n or not math.isfinite(val_loss):
+        abort_run(folder, run, f"the val loss is {val_loss}")
+    names, metric = config["class_names"], main_metric(config)
+    columns = ("dice", "iou") if metric == "dice" else ("mean_dice", "mean_iou")
+    train = layers.class_metrics(run.counts.cpu(), names)
+    train |= {"dice": dice_sum / n, "iou": iou_sum / n}
+    height, width = layers.train_size(config, run.epoch)
+    val = compute_metrics(val_counts, names)
+    row = {"epoch": run.epoch, "image_height": height, "image_width": width,
+           "train_loss": loss_sum / n, **{f"train_{name}": train[name] for name in columns},
+           "val_loss": val_loss, **{f"val_{name}": val[name] for name in columns}, "lr": lr,
+           "skipped_steps": run.skipped, "seconds": run.seconds,
+           "images_per_second": n / run.seconds}
+    best = row[f"val_{metric}"] > max(val_scores(run, config), default=-1.0)
+    run.history.append(row)
+    log(f"epoch {run.epoch}/{config['epochs']}  {height}×{width}  train loss {loss_sum / n:.4f} "
+        f"{metric} {train[metric]:.4f}  val loss {val_loss:.4f} {metric} {val[metric]:.4f}"
+        f"{' *' if best else '  '}  {data.format_time(run.seconds)}, {n / run.seconds:.0f} images/s"
+        + f", {run.skipped} steps skipped: infinite gradients" * bool(run.skipped))
+    return best
 
-
-def log_epoch(row, config, best):
-    """A line about an epoch; * marks the best so far."""
-    name = main_metric(config)
-    log(f"epoch {row['epoch']}/{config['epochs']}  {row['image_height']}×{row['image_width']}  "
-        + "  ".join(f"{split} loss {row[f'{split}_loss']:.4f} {name} {row[f'{split}_{name}']:.4f}"
-                    for split in ("train", "val")) + f"{' *' if best else '  '}  "
-        f"{data.format_time(row['seconds'])}, {row['images_per_second']:.0f} images/s"
-        + f", {row['skipped_steps']} steps skipped: infinite gradients" * bool(row["skipped_steps"]))
-
+def draw_run(folder, run, config, predictor, val_set):
+    """Writes metrics.csv, curves.png and samples.png of a run."""
+    data.write_csv(folder / "metrics.csv", run.history)
+    data.draw_curves(folder / "curves.png", {folder.name: run.history}, main_metric(config))
+    samples = np.unique(np.linspace(0, len(val_set.names) - 1, 8).astype(int))
+    draw_samples(folder / "samples.png", predictor, val_set, samples)
 
 def draw_samples(path, predictor, split, indices):
     """A grid of photo | ground truth | prediction for some images of a split."""
@@ -596,7 +563,6 @@ def draw_samples(path, predictor, split, indices):
                    f"{split.names[i]}  {main_metric(config)} {score:.3f}", names, side=160)
         for i, truth, mask, score in zip(indices, truths, masks.cpu().numpy(), scores)]), path)
 
-
 def evaluate_and_draw_worst(predictor, split, path):
     """The pixel counts of each image of a split; draws the twelve worst images."""
     _, counts = evaluate(predictor, split)
@@ -604,7 +570,6 @@ def evaluate_and_draw_worst(predictor, split, path):
     if rank() == 0:
         draw_samples(path, predictor, split, worst.numpy())
     return counts
-
 
 def score_test(args, folder, config, history, dataset):
     """Scores the test split (val, where there is none) with best.pt as a user will load it."""
@@ -620,24 +585,33 @@ def score_test(args, folder, config, history, dataset):
                  f"{result[val]:.4f}\n{format_metrics(name, metrics)}", result | metrics,
                  folder / "test.json")
 
-
-def install_signal_handlers():
-    """From now on SIGINT and SIGTERM only append to a list, which the loop reads; returns it and
-    the old handlers. A second Ctrl-C interrupts at once."""
+def catch_signals():
+    """From now on SIGINT and SIGTERM only append to a list, which the loop reads; returns it. A
+    second Ctrl-C interrupts at once."""
     signals = []
 
     def on_signal(signum, _):
         signals.append(signum)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    return signals, {signum: signal.signal(signum, on_signal)
-                     for signum in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+    return signals
 
+def release_signals(signals):
+    """Ends what `catch_signals` began; a signal that came after the last step works now."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, terminate)
+    for signum in signals:
+        signal.raise_signal(signum)
+
+def terminate(*_):
+    """What SIGTERM does outside of the training loop: what is half-written is cleared away."""
+    raise SystemExit(143)
 
 # --------------------------------------------------------------------------- runs and checkpoints
 
 RESUME_OVERRIDES = ("epochs", "threads", "save_every", "checkpoint_minutes", "root", "data")
-
 
 def open_run(args, device):
     """(folder, config, last.pt): of a new run, where last.pt is None, or of one to go on with. Of a
@@ -662,17 +636,14 @@ def open_run(args, device):
         return resume_run(folder, typed, device)
     return folder, config | environment_info(device), None
 
-
 def has_checkpoint(folder):
     """Whether a folder holds a run to go on with."""
     return any((folder / name).exists() for name in ("last.pt", "previous.pt"))
-
 
 def typed_options(args):
     """The options of a run that were typed."""
     return {name: value for name, value in vars(args).items()
             if name in ("model", *OPTIONS) and value is not None}
-
 
 def resume_run(folder, typed, device):
     """What `open_run` returns for a run that has a checkpoint."""
@@ -695,7 +666,6 @@ def resume_run(folder, typed, device):
         return folder, None, json.loads(result.read_text())
     result.unlink(missing_ok=True)
     return folder, config | environment_info(device), last
-
 
 def resolve_config(typed, device, toy=False):
     """Every option of a run: what was typed, else the default that fits machine and data."""
@@ -725,7 +695,6 @@ def resolve_config(typed, device, toy=False):
     config["precision"] = pick_precision(config["precision"], device)
     return config
 
-
 def environment_info(device):
     """What a run runs on."""
     git = shutil.which("git") and subprocess.run(["git", "rev-parse", "HEAD"], text=True,
@@ -739,7 +708,6 @@ def environment_info(device):
             "system": platform.platform(), "python": platform.python_version(),
             "torch": str(torch.__version__)}
 
-
 def log_start(folder, config, resumed):
     """What runs where, with every option as resolved; and whether other work is in its way: each
     operation waits for the slowest thread, so two threads on two cores train at a third of their
@@ -747,10 +715,10 @@ def log_start(folder, config, resumed):
     log(f"{'resuming' if resumed else 'training'} {folder} on {config['device']}, "
         f"{world_size()} processes, {config['threads']} threads\n"
         + ", ".join(f"{name} {config[name]}" for name in ("model", *OPTIONS)))
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
-    if config["device"] == "cpu" and config["threads"] > 1 and load > 0.7:
-        log(f"the machine is busy (load {load:.1f}); --threads 1 may be faster")
-
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0, os.cpu_count()
+    if config["device"] == "cpu" and config["threads"] > max(1, cores - load + 0.3):
+        log(f"the machine is busy (load {load:.1f}); --threads {max(1, cores - math.ceil(load))} may "
+            "be faster")
 
 # the keys of a best.pt and of a last.pt; what zipfile and torch raise at damaged files
 BEST = {"config", "weights", "metrics"}
@@ -759,7 +727,6 @@ LAST = {"config", "model", "ema", "optimizers", "epoch", "step", "skipped", "sec
 LOAD_ERRORS = (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, LookupError,
                TypeError, AttributeError, AssertionError, ArithmeticError, EOFError, MemoryError,
                struct.error)
-
 
 def save_checkpoint(path, content):
     """Writes a checkpoint so that at any moment the old or the new one is there, complete."""
@@ -771,7 +738,6 @@ def save_checkpoint(path, content):
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)  # the file's name is an entry of its folder
         os.close(folder)
-
 
 def load_checkpoint(path, keys, device="cpu"):
     """Reads a checkpoint with these keys, BEST or LAST, or refuses it. The CRCs of its zip are
@@ -794,7 +760,6 @@ def load_checkpoint(path, keys, device="cpu"):
         raise UserError(f"{path} is not the {name} of a run; is it a {other}?")
     return content
 
-
 def load_weights(model, weights, path):
     """Puts weights into a model, if they are its own and finite. A model on the meta device takes
     them as they are."""
@@ -808,11 +773,9 @@ def load_weights(model, weights, path):
                for name, value in weights.items()}
     model.load_state_dict(weights, assign=model.head.weight.is_meta)
 
-
 def all_finite(weights):
     """Whether all numbers of a state dict are finite."""
     return all(value.isfinite().all() for value in weights.values())
-
 
 def save_last(folder, run, config, model, ema_model, optimizers):
     """Writes last.pt, all that a resume needs, and keeps the one before as previous.pt; returns the
@@ -830,7 +793,6 @@ def save_last(folder, run, config, model, ema_model, optimizers):
         os.replace(new, last)
     return time.monotonic()
 
-
 def load_last(folder):
     """The last.pt of a run or, where that is damaged or not finite, its previous.pt."""
     for path in (folder / "last.pt", folder / "previous.pt"):
@@ -844,7 +806,6 @@ def load_last(folder):
     raise UserError(f"{folder} has no checkpoint to go on with; if there is a best.pt, train MODEL "
                     f"--init-from {folder / 'best.pt'} begins a new run with its weights")
 
-
 def restore(run, model, ema_model, optimizers, last, folder):
     """Puts what a last.pt holds into a run."""
     if last["train_images"] != run.train_images:
@@ -855,7 +816,6 @@ def restore(run, model, ema_model, optimizers, last, folder):
     for optimizer, state in zip(optimizers, last["optimizers"]):
         optimizer.load_state_dict(state)
     vars(run).update({name: last[name] for name in vars(run)})
-
 
 def init_from(model, config):
     """Starts from the weights of a best.pt; where it has other classes, the head stays random."""
@@ -869,7 +829,6 @@ def init_from(model, config):
     load_weights(model, weights, path)
     config["command"] += f", begun with the weights of {checkpoint['config']['command']}"
 
-
 def save_model(path, model, config, history):
     """Writes a best.pt: the weights in half precision, and how they came about. Batch norms stay in
     fp32: in a long run their variances grow beyond the 65504 of half precision."""
@@ -878,12 +837,10 @@ def save_model(path, model, config, history):
     metrics = history[-1] | {"seconds": sum(row["seconds"] for row in history)}
     save_checkpoint(path, {"config": config, "weights": weights, "metrics": metrics})
 
-
 # what a config must hold to be used, since a file may come from anywhere
 CONFIG_TYPES = {"model": str, "width": int, "upsample": str, "dropout": float, "size": tuple,
                 "class_names": list, "border": str, "data": str, "root": str, "classes": str,
                 "cityscapes_classes": str, "random_split": dict, "command": str}
-
 
 def load_predictor(args, path):
     """The model of a best.pt, ready to predict; args.tta and the like say how."""
@@ -911,9 +868,7 @@ def load_predictor(args, path):
     predictor.metrics = content["metrics"]
     return predictor
 
-
 # --------------------------------------------------------------------------- eval, infer, compare
-
 
 def eval_dataset(args, config):
     """The dataset that --data and --root name, or else that the model was trained on; its config."""
@@ -925,7 +880,6 @@ def eval_dataset(args, config):
         raise UserError(f"{dataset.folder} has the classes {', '.join(dataset.class_names)}, the "
                         f"model {', '.join(names)}; name other data with --data, or another --ckpt")
     return dataset, own
-
 
 def eval_command(args):
     """Scores a split with a trained model: overall, per class or breed, and the worst images."""
@@ -948,10 +902,8 @@ def eval_command(args):
     print_result(args, f"{text}\nthe worst images: {out / f'worst-{args.split}.png'}", result,
                  out / f"{args.split}.json")
 
-
 COLUMNS = ("file", "output", "fraction", "left", "top", "right", "bottom", "confidence", "dice",
            "iou")  # of predictions.csv; Dice and IoU at the image's own size
-
 
 def segment_image(predictor, outputs, out, sample, name):
     """Segments one image and writes its outputs; returns its row of predictions.csv."""
@@ -981,7 +933,6 @@ def segment_image(predictor, outputs, out, sample, name):
                              *box, confidence, dice, iou)))
     return row | ({f"fraction of {n}": f for n, f in zip(names, fractions)} if len(names) > 2 else {})
 
-
 def read_predictions(path, outputs):
     """{output name: row} of an earlier predictions.csv, where all files of the row are there."""
     with open(path, newline="", encoding="utf-8") as file:
@@ -991,7 +942,6 @@ def read_predictions(path, outputs):
                         "--skip-existing")
     return {row["output"]: row for row in rows if all(
         data.output_path(path.parent, row["output"], output).is_file() for output in outputs)}
-
 
 def infer(args):
     """Segments images of any size: writes what --save names, and a table of all."""
@@ -1048,7 +998,6 @@ def infer(args):
     if failed:
         raise UserError(f"{len(failed)} of {len(tasks)} images could not be read:", *failed[:5])
 
-
 def compare(args):
     """Draws the curves of several runs into one picture and prints a table of their results."""
     folders = [Path(folder).resolve() for folder in args.runs]
@@ -1079,9 +1028,7 @@ def compare(args):
     data.draw_curves(args.out, histories, metric)
     print_result(args, f"{format_table(rows)}\n{args.out}", {"runs": rows, "picture": args.out})
 
-
 # ------------------------------------------------------------------- data, summary, export, bench
-
 
 def manage_data(args):
     """Downloads the pets, draws the toys, or reads all of a dataset and says what is wrong."""
@@ -1111,7 +1058,6 @@ def manage_data(args):
     if errors:
         raise UserError(f"{len(errors)} images of {folder} cannot be used:", *errors[:5])
 
-
 def layer_table(model, width, size, upsample="transpose"):
     """A row for each innermost layer: name, output, parameters and multiply-adds, from one forward
     pass on the meta device, where nothing is computed."""
@@ -1137,7 +1083,6 @@ def layer_table(model, width, size, upsample="transpose"):
         network(torch.zeros(1, 3, *size))
     return rows
 
-
 def summary(args):
     """Prints each layer's output, parameters and multiply-adds."""
     rows = layer_table(args.model, args.width, args.size, args.upsample)
@@ -1145,7 +1090,6 @@ def summary(args):
     text = format_table([*rows, {"layer": "all", "kind": args.model, "output": "", **total}])
     print_result(args, text, {"model": args.model, "size": args.size, "width": args.width, **total,
                               "layers": rows})
-
 
 @torch.no_grad()
 def export(args):
@@ -1181,7 +1125,6 @@ def export(args):
                  f"32 from 64 up, trained at {size}; output (B, {predictor.model.head.out_channels},"
                  " H, W), probabilities", {"out": str(out), **result})
 
-
 def baseline(config, samples, device):
     """How it is usually done: fp32, contiguous memory, each image read from its file every time and
     augmented alone. Returns a training step and a prediction, both of a list of indices."""
@@ -1210,7 +1153,6 @@ def baseline(config, samples, device):
 
     return step, predict
 
-
 def ours(config, split, device):
     """A training step as `train` takes it, and a prediction."""
     model = build_model(config).to(device)
@@ -1225,7 +1167,6 @@ def ours(config, split, device):
         return (predictor(data.get_batch(split, indices, device)[0]).sigmoid() >= 0.5).cpu()
 
     return step, predict
-
 
 def measure(args, config, device):
     """What `bench` asks of a fresh process, --only baseline or petseg: images per second of training
@@ -1257,7 +1198,6 @@ def measure(args, config, device):
         unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
         result["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
     return result | {"peak_matmul": side**3 / seconds(lambda _: matrix @ matrix)}
-
 
 def bench(args):
     """The plain way to write such a program against this one: images per second, peak memory, the
@@ -1292,11 +1232,9 @@ def bench(args):
                  f"{fraction['infer']:.0%}", {**medians, "fraction": fraction, "rounds": rounds,
                                               "multiply_adds": macs, "config": config})
 
-
 # ------------------------------------------------------------------- several processes, and output
 # torchrun starts this program once per GPU, or as often as it is told; in a single process nothing
 # here does a thing
-
 
 def init_distributed():
     """Joins the other processes, if torchrun has started this one."""
@@ -1312,16 +1250,13 @@ def init_distributed():
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo",
                             timeout=timedelta(hours=1))  # as long as a download may take
 
-
 def rank():
     """The number of this process; rank 0 alone logs and writes."""
     return dist.get_rank() if dist.is_initialized() else 0
 
-
 def world_size():
     """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
-
 
 def all_reduce(tensor, op=dist.ReduceOp.SUM):
     """The sum of a tensor over all processes, in place."""
@@ -1329,14 +1264,12 @@ def all_reduce(tensor, op=dist.ReduceOp.SUM):
         dist.all_reduce(tensor, op)
     return tensor
 
-
 def broadcast_object(value):
     """What rank 0 has given for `value`."""
     box = [value]
     if world_size() > 1:
         dist.broadcast_object_list(box)
     return box[0]
-
 
 @contextlib.contextmanager
 def rank0_first():
@@ -1347,7 +1280,6 @@ def rank0_first():
     if rank() == 0 and world_size() > 1:
         dist.barrier()
 
-
 def wrap_ddp(model, device):
     """The model as all processes train it together, with averaged gradients; on GPUs with
     SyncBatchNorm."""
@@ -1357,19 +1289,16 @@ def wrap_ddp(model, device):
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return torch.nn.parallel.DistributedDataParallel(model, broadcast_buffers=False)
 
-
 def average_bn_stats(model):
     """Averages BatchNorm's running statistics over ranks (there is no SyncBatchNorm on CPU)."""
     for buffer in model.buffers() if world_size() > 1 else ():
         if buffer.is_floating_point():
             all_reduce(buffer).div_(world_size())
 
-
 def log(text, every_rank=False):
     """A line of progress or warning on stderr, in place of an unfinished status line."""
     if rank() == 0 or every_rank:
         print(("\r\x1b[K" if sys.stderr.isatty() else "") + text, file=sys.stderr, flush=True)
-
 
 def print_result(args, text, result, path=None):
     """The result on stdout, as text or as one line of JSON; and as JSON in the file `path`."""
@@ -1377,7 +1306,6 @@ def print_result(args, text, result, path=None):
         if path:
             data.write_json(path, result)
         print(json.dumps(result) if args.json else text, flush=True)
-
 
 def format_table(rows):
     """Dicts with the same keys as columns of text, the first left-aligned."""
@@ -1392,18 +1320,15 @@ def format_table(rows):
     return "\n".join("  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in
                                enumerate(zip(line, widths))) for line in lines)
 
-
 def format_metrics(split, metrics):
     """The metrics of a split as a table, for several classes below one of each class."""
     row = {"split": split} | {key: value for key, value in metrics.items() if key != "classes"}
     return "\n\n".join(format_table(rows) for rows in (metrics.get("classes"), [row]) if rows)
 
-
 # ------------------------------------------------------------------------------------------- main
 
 COMMANDS = {"train": train, "eval": eval_command, "infer": infer, "compare": compare,
             "data": manage_data, "summary": summary, "export": export, "bench": bench}
-
 
 def explain(error):
     """What went wrong, for people; None where it is a defect of the program."""
@@ -1424,10 +1349,9 @@ def explain(error):
     if isinstance(error, dist.DistError) or "gloo" in str(error):
         return "another process has ended, and so this one does"
 
-
 def main(args):
     """Runs a subcommand; turns what a user can cause into a message and an exit code."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # clears away what is half-written
+    signal.signal(signal.SIGTERM, terminate)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a file name may be undecodable
     try:
@@ -1449,7 +1373,6 @@ def main(args):
         which = f"rank {rank()} of {world_size()}: " if rank() else ""
         log(f"petseg: {which}{message}", every_rank=True)
         raise SystemExit(2)
-
 
 if __name__ == "__main__":
     main(ARGS)
