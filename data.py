@@ -46,16 +46,13 @@ except ImportError:  # not on Windows
 MEAN, STD = (0.48, 0.45, 0.40), (0.27, 0.27, 0.28)  # of the pets' train images, in 0..1
 BORDER_OFFSET, IGNORE_INDEX = 128, 255
 
-# ---------------------------------------------------------------------------- the cache, and batches
-
-
+# --------------------------------------------------------------------------- the cache, and batches
 class CachedSplit(NamedTuple):
     """A decoded split, memory-mapped: nothing is read from disk before it is used."""
     names: list
     images: np.ndarray   # (N, H, W, 3) uint8
     labels: np.ndarray   # (N, H, W) uint8
     skipped: list        # what could not be read and is left out, a line each
-
 
 def open_split(dataset, split, size, cache):
     """A split of a dataset at `size`, from the folder `cache`, where the first use decodes it. The
@@ -75,7 +72,6 @@ def open_split(dataset, split, size, cache):
     shape = len(meta["names"]), *size
     return CachedSplit(meta["names"], np.memmap(path / "images", np.uint8, "r", 0, (*shape, 3)),
                        np.memmap(path / "labels", np.uint8, "r", 0, shape), meta["skipped"])
-
 
 def build_cache(path, samples, size, title):
     """Decodes every sample once, into the files `images` and `labels` of a folder."""
@@ -102,7 +98,6 @@ def build_cache(path, samples, size, title):
             raise UserError(f"none of {len(samples)} images can be read; the first: {skipped[0]}")
         (folder / "meta.json").write_text(json.dumps({"names": names, "skipped": skipped}))
 
-
 def to_gpu(split, device):
     """The split in GPU memory, as uint8, where it takes at most half of what is free."""
     size = split.images.nbytes + split.labels.nbytes
@@ -111,11 +106,9 @@ def to_gpu(split, device):
     images, labels = (torch.from_numpy(np.array(part)).to(device) for part in split[1:3])
     return split._replace(images=images, labels=labels)
 
-
 def epoch_order(n, repeat, seed, epoch):
     """The indices of an epoch, shuffled: each of `n` images `repeat` times."""
     return torch.randperm(n * repeat, generator=seeded_generator("shuffle", seed, epoch)) % n
-
 
 def get_batch(split, indices, device=torch.device("cpu")):
     """The images `indices` of a split: (B, 3, H, W) in 0..1, and labels (B, H, W) in uint8. No
@@ -126,17 +119,14 @@ def get_batch(split, indices, device=torch.device("cpu")):
                       for part in split[1:3])
     return to_float_nchw(images), labels
 
-
 def to_float_nchw(images):
     """uint8 (B, H, W, 3) to float (B, 3, H, W) in 0..1; channels-last, nothing moves in memory."""
     return images.permute(0, 3, 1, 2).float() / 255
-
 
 def normalize(images):
     """Shifts and scales each colour to about zero mean and unit variance."""
     mean, std = (images.new_tensor(value).view(1, 3, 1, 1) for value in (MEAN, STD))
     return (images - mean) / std
-
 
 def augment(images, labels, rng, size=None, p=1.0, flip=0.0, vflip=0.0, rotate=0.0, zoom=1.0,
             aspect=1.0, shift=0.0, brightness=0.0, contrast=0.0, saturation=0.0, cutmix=0.0):
@@ -187,7 +177,6 @@ def augment(images, labels, rng, size=None, p=1.0, flip=0.0, vflip=0.0, rotate=0
         labels = torch.where(inside, labels.roll(1, dims=0), labels)
     return images, labels.squeeze(1).to(torch.uint8)
 
-
 def cutmix_mask(batch, height, width, p, rng):
     """Where CutMix shows another image: with the probabilities `p`, a box of 0.2 to 0.9 of each
     side around a random centre; (B, 1, H, W) bool."""
@@ -197,7 +186,6 @@ def cutmix_mask(batch, height, width, p, rng):
         centre, half_size = torch.rand(2, batch, 1, generator=rng)
         inside = inside & ((position - centre).abs() < 0.1 + 0.35 * half_size).view(shape)
     return inside
-
 
 def labels_to_target(labels, border="foreground", rng=None, classes=2):
     """Labels to the target of the loss. A border becomes the class it borders ("foreground"),
@@ -213,9 +201,7 @@ def labels_to_target(labels, border="foreground", rng=None, classes=2):
     value = {"background": 0, "ignore": IGNORE_INDEX, "class": classes - 1}[border]
     return torch.where(is_border, value, labels)
 
-
 # ------------------------------------------------------------------------ one image, and its mask
-
 # what Pillow raises at files that are cut off, damaged, or no images at all
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, RuntimeError,
                  MemoryError, struct.error)
@@ -226,7 +212,6 @@ warnings.filterwarnings("ignore", module="PIL")  # a file is read, or it is name
 EXIF_ORIENTATION = 0x0112  # from 5 on, width and height are swapped
 RGB_FLAG = 1 << 24  # a mask's colour as an integer: RGB_FLAG + 0xrrggbb
 
-
 class Sample(NamedTuple):
     """An image and its mask; `classes` says what the mask's values mean: {value: label}, or None
     for two classes by the rule of `two_classes`."""
@@ -235,12 +220,10 @@ class Sample(NamedTuple):
     mask: Path
     classes: dict | None
 
-
 def set_max_pixels(pixels):
     """Images with more pixels are refused before they are decoded. Pillow does it; it warns at the
     number it is given and refuses at twice that."""
     Image.MAX_IMAGE_PIXELS = pixels / 2
-
 
 @contextlib.contextmanager
 def open_image(path):
@@ -258,7 +241,6 @@ def open_image(path):
                          "it all the same, raise --max-pixels") from error
     except DECODE_ERRORS as error:
         raise ImageError(f"{path}: {error}") from error
-
 
 def read_image(path, size=None, mask_size=None):
     """A photo in any of FORMATS as an RGB image, upright, resized to `size`.
@@ -287,7 +269,6 @@ def read_image(path, size=None, mask_size=None):
         image = image.convert("RGB")  # reads the pixels, while the file is open
         return image.resize(size[::-1], Image.Resampling.BILINEAR) if size else image
 
-
 def white_level(image):
     """The value of white in an image of more than 8 bits: the next 2ᵏ − 1 (1023, 4095, 65535), as a
     12-bit camera stores 12 bits in 16; of floats the largest value."""
@@ -295,26 +276,26 @@ def white_level(image):
     largest = values.max(where=np.isfinite(values), initial=1)
     return largest if image.mode == "F" else 2 ** max(8, int(largest).bit_length()) - 1
 
-
 def read_mask(path, classes):
     """A mask file as labels (H, W) of its own size; `classes` as in Sample."""
     values = read_mask_values(path, colours=classes and max(classes) >= RGB_FLAG)
     if classes is None:
-        labels = two_classes(values)
+        labels = two_classes(values, jpeg=Path(path).suffix.lower() in (".jpg", ".jpeg"))
         if labels is None:
+            lines = [f"{format_value(value)} {'void' if value == 255 else f'class{i}'}"
+                     for i, value in enumerate(np.unique(values)[:20])]
             raise UserError(
                 f"the mask {path} holds {describe_values(values)}; without a classes.txt a mask is "
-                "0 and 1 (255: ignored), or dark and light; a classes.txt to start from, for the "
-                "folder above images and masks:", *(f"{format_value(value)} class{i}" for i, value
-                                                    in enumerate(np.unique(values)[:20])))
+                "0 and 1 (255: ignored), or dark and light; a classes.txt to start from, to lie "
+                "beside the folders of images and masks:", *lines)
         return labels
     known = np.array(sorted(classes))
     index = np.searchsorted(known, values).clip(max=len(known) - 1)
     if (unknown := known[index] != values).any():
-        raise UserError(f"the mask {path} holds {describe_values(values, unknown)}; expected "
-                        + ", ".join(map(format_value, islice(classes, 20))))
+        raise UserError(f"the mask {path} holds {describe_values(values, unknown)}, which nothing "
+                        "explains; classes.txt or the layout knows "
+                        + ", ".join(map(format_value, known[:20])))
     return np.array([classes[value] for value in known.tolist()], np.uint8)[index]
-
 
 def read_mask_values(path, colours=False):
     """A mask as integers (H, W): its values, or RGB_FLAG + 0xrrggbb where it holds colours, or is
@@ -330,32 +311,28 @@ def read_mask_values(path, colours=False):
         values = np.asarray(image.getchannel(0) if len(image.getbands()) > 1 else image)
         return values.astype(np.uint8) if values.dtype == bool else values
 
-
-def two_classes(values):
+def two_classes(values, jpeg=False):
     """Labels of a mask without classes.txt, or None where its values do not say them: 0, 1 and
-    maybe 255 (ignored); or dark (≤ 32) background and a light (≥ 223) object. At JPEG's and other
-    soft edges up to 5% of the pixels may lie between; they are cut at 128."""
+    maybe 255 (ignored); or dark (≤ 32) background and a light (≥ 223) object. At soft edges up to
+    5% of the pixels may lie between; they are cut at 128. JPEG blurs values, so 1 is dark there."""
     levels = np.unique(values)
-    if 1 in levels and set(levels.tolist()) <= {0, 1, 255}:
+    if 1 in levels and set(levels.tolist()) <= {0, 1, 255} and not jpeg:
         return values.astype(np.uint8)
-    dark, light = (levels <= 32).sum(), (levels >= 223).sum()
-    clear = dark <= 1 and light <= 1 and dark + light == len(levels)
-    soft = dark and light and 0 < soft_fraction(values) <= 0.05
-    if levels[0] < 0 or levels[-1] > 255 or not (clear or soft):
+    dark, light, soft = (levels <= 32).sum(), (levels >= 223).sum(), soft_fraction(values)
+    clear = dark <= 1 and light <= 1 and not soft
+    blurred = dark and light and (soft or light > 1)  # else {0, 15, 255} are classes and void
+    if levels[0] < 0 or levels[-1] > 255 or soft > 0.05 or not (clear or blurred or jpeg):
         return None
     return (values >= 128).astype(np.uint8)
-
 
 def soft_fraction(values):
     """The fraction of a mask's pixels between dark and light."""
     return ((values > 32) & (values < 223)).mean()
 
-
 def format_value(value):
     """A mask's value as classes.txt has it: a number, or R G B."""
     value = int(value)
     return str(value) if value < RGB_FLAG else " ".join(map(str, value.to_bytes(4, "big")[1:]))
-
 
 def describe_values(values, where=True):
     """The most frequent values of a mask, with their fractions of its pixels."""
@@ -363,7 +340,6 @@ def describe_values(values, where=True):
     order = counts.argsort(kind="stable")[::-1]
     return ", ".join(f"{format_value(found[i])} ({counts[i] / values.size:.2%})"
                      for i in order[:9]) + " …" * (len(order) > 9)
-
 
 def read_pair(sample, size):
     """A photo and its labels at `size`: uint8 (H, W, 3) and (H, W). Threads are enough to read
@@ -373,12 +349,10 @@ def read_pair(sample, size):
     image = read_image(sample.image, size, labels.shape)
     return np.asarray(image), resize(labels, size, "NEAREST")
 
-
 def resize(array, size, resample="BILINEAR"):
     """An image or an array at another size, as an array."""
     image = array if isinstance(array, Image.Image) else Image.fromarray(array)
     return np.array(image.resize(size[::-1], Image.Resampling[resample]))
-
 
 def upsample_and_argmax(probs, size, threshold=0.5):
     """Probabilities (C, h, w) to a mask (H, W) of class indices, and the mean probability of the
@@ -392,9 +366,7 @@ def upsample_and_argmax(probs, size, threshold=0.5):
         np.maximum(best, p, out=best)
     return mask, float(best.mean(dtype=float))
 
-
 # ------------------------------------------------------------------------------ folders of samples
-
 PETS, TOYS = "oxford-iiit-pet", "toy-pets"
 TRIMAP_TO_LABEL, CAT_TO_LABEL, DOG_TO_LABEL = (
     {1: label, 2: 0, 3: BORDER_OFFSET + label} for label in (1, 1, 2))
@@ -409,7 +381,6 @@ CITYSCAPES = ("static dynamic ground road sidewalk parking rail-track building w
               "bicycle").split()
 CITYSCAPES_EVAL_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
 
-
 class Dataset(NamedTuple):
     """A folder of labelled images, as it was understood."""
     folder: Path
@@ -418,7 +389,6 @@ class Dataset(NamedTuple):
     splits: dict         # {"train": [Sample, ...], "val": [...], and maybe "test": [...]}
     random_split: dict   # {"val": names, "test": names} where we drew it, {} where the folder says
     warnings: list       # what is left out, a line each
-
 
 def scan_dataset(folder, classes="pet", cityscapes_classes="19", random_split=None):
     """Understands a folder by what lies in it. `classes` is for the pets, "pet" or "species";
@@ -434,7 +404,6 @@ def scan_dataset(folder, classes="pet", cityscapes_classes="19", random_split=No
     if (folder / "leftImg8bit").is_dir():
         return scan_cityscapes(folder, cityscapes_classes)
     return scan_pairs(folder, random_split)
-
 
 def scan_pets(folder, classes):
     """The layout of the Oxford-IIIT Pets. Every tenth line of trainval.txt, the first included, is
@@ -463,7 +432,6 @@ def scan_pets(folder, classes):
     names = ["background", "pet"] if classes == "pet" else ["background", "cat", "dog"]
     return Dataset(folder, "the layout of the pets", names, splits, {}, [])
 
-
 def scan_cityscapes(folder, number):
     """Cityscapes as it is unpacked (https://www.cityscapes-dataset.com), without its test images,
     whose labels are not published."""
@@ -476,7 +444,6 @@ def scan_cityscapes(folder, number):
             name = image.relative_to(root).as_posix().removesuffix("_leftImg8bit.png")
             samples.append(Sample(name, image, masks / f"{name}_gtFine_labelIds.png", classes))
     return Dataset(folder, "Cityscapes", [CITYSCAPES[i - 4] for i in ids], splits, {}, [])
-
 
 def scan_pairs(folder, random_split):
     """A folder of images beside one of masks, with train, val, test above or below the two; without
@@ -498,9 +465,10 @@ def scan_pairs(folder, random_split):
         counts = Counter(p.parent for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
         raise UserError(
             f"{folder} is not understood{': train or val is missing' * bool(pairs)}; expected a "
-            f"folder {' or '.join(IMAGE_FOLDERS)} beside a folder {' or '.join(MASK_FOLDERS)}, with "
-            "train, val and maybe test above both or in both, or without any; rename what lies there:",
-            *[f"{path.relative_to(folder)}/ with {n} images" for path, n in sorted(counts.items())])
+            f"folder {' or '.join(IMAGE_FOLDERS)} beside a folder {' or '.join(MASK_FOLDERS)}, "
+            "with train, val and maybe test above or in both, or without; rename what lies there:",
+            *[f"{path.relative_to(folder)}/ with {n} images" for path, n in sorted(counts.items())]
+            or ["no images at all"])
     layout = f"{' and '.join(pairs)}, with images and masks each"
     if pairs:
         random_split = {}
@@ -515,7 +483,6 @@ def scan_pairs(folder, random_split):
               if split in pairs}
     return Dataset(folder, layout, class_names, splits, random_split, notes)
 
-
 def match_pairs(images, masks, notes):
     """(name, image, mask) of all images with a mask of the same name, or with the same something
     before or after it in every mask; adds to `notes` what is left out."""
@@ -528,11 +495,15 @@ def match_pairs(images, masks, notes):
         return paths
 
     image_of, mask_of = by_name(images), by_name(masks)
-    affixes = Counter()
-    for mask in islice(mask_of, 0, None, len(mask_of) // 20 + 1):
-        stems = (name.rpartition("/")[2] for name in image_of)
-        affixes.update(mask.rpartition("/")[2].partition(stem)[::2] for stem in stems if stem in mask)
-    [(before, after)] = [affix for affix, _ in affixes.most_common(1)] or [("", "")]
+    affixes = Counter()  # what stands before and after the names of some images in names of masks
+    for name in islice(image_of, 0, None, len(image_of) // 20 + 1):
+        stem = name.rpartition("/")[2]
+        for mask in (name.rpartition("/")[2] for name in mask_of if stem in name):
+            for before, _, after in {mask.partition(stem), mask.rpartition(stem)}:
+                # 15_mask does not belong to 1 or 5
+                if not re.search(r"\d$", before) and not re.match(r"\d", after):
+                    affixes[before, after] += 1
+    before, after = max(affixes, key=affixes.get, default=("", ""))
     pairs, without = [], []
     for name, image in image_of.items():
         parent, slash, stem = name.rpartition("/")
@@ -540,16 +511,15 @@ def match_pairs(images, masks, notes):
         pairs += [(name, image, mask)] * bool(mask)
         without += [image] * (not mask)
     if not pairs:
-        raise UserError(f"no image in {images} has a mask in {masks}; expected the same name, or the "
-                        "same something before or after it in every mask; the first names are "
-                        f"{next(iter(image_of))} and {next(iter(mask_of))}")
+        raise UserError(f"no image in {images} has a mask in {masks}; expected the same name, or "
+                        "the same something before or after it in every mask; the first names "
+                        f"are {next(iter(image_of))} and {next(iter(mask_of))}")
     for kind, paths in (("images without a mask", without),
                         ("masks without an image", [*mask_of.values()])):
         if paths:
             notes.append(f"{len(paths)} {kind} are left out; the first: "
                          + ", ".join(map(str, paths[:5])))
     return pairs
-
 
 def draw_random_split(names, folder):
     """A random split, 10% val and 10% test, always the same for the same names."""
@@ -560,11 +530,9 @@ def draw_random_split(names, folder):
     order = [names[i] for i in torch.randperm(len(names), generator=seeded_generator("split"))]
     return {"val": sorted(order[:n]), "test": sorted(order[n:2 * n])}
 
-
 # a line of classes.txt: VALUE NAME, R G B NAME, or NAME; and what was its form before
 CLASS_LINE = re.compile(r"(?:(\d+)[\s,]+(?:(\d+)[\s,]+(\d+)[\s,]+)?)?(\S.*)")
 OLD_CLASS_LINE = re.compile(r"(\D.*?)[\s,]+(\d+)[\s,]+(\d+)[\s,]+(\d+)")
-
 
 def read_classes(folder):
     """What classes.txt says: ({value: label}, names); without one (None, ["background",
@@ -576,7 +544,7 @@ def read_classes(folder):
     text = path.read_bytes()
     utf16 = text.startswith((b"\xff\xfe", b"\xfe\xff"))  # as Windows may write it
     lines = text.decode("utf-16" if utf16 else "utf-8-sig", "replace").splitlines()
-    value_of, kinds = {}, set()  # {name: value}; how many numbers a line has
+    value_of, ignored, kinds = {}, [], set()  # kinds: how many numbers a line has
     for i, line in enumerate(filter(None, map(str.strip, lines))):
         *numbers, name = CLASS_LINE.fullmatch(line).groups()
         numbers = [int(number) for number in numbers if number]
@@ -584,23 +552,22 @@ def read_classes(folder):
         expected = "expected VALUE NAME, or R G B NAME, or NAME, the same in all lines"
         if old := OLD_CLASS_LINE.fullmatch(line):
             expected = f"the colour comes first: {' '.join(old.group(2, 3, 4, 1))}"
-        if old or len(kinds) > 1 or len(numbers) == 3 and max(numbers) > 255:
+        if old or len(kinds) > 1 or numbers and max(numbers) > (255 if numbers[1:] else 65535):
             raise UserError(f"{path} has the line {line!r}; {expected}")
-        value = RGB_FLAG + int.from_bytes(numbers, "big") if len(numbers) == 3 else (*numbers, i)[0]
-        if name in value_of or value in value_of.values():
-            raise UserError(f"{path} has the name or value of {line!r} twice; each class has its own")
-        value_of[name] = value
-    names = [name for name in value_of if name.lower() not in ("void", "ignore")]
-    names.sort(key=lambda name: name.lower() != "background")
+        value = RGB_FLAG + int.from_bytes(numbers, "big") if numbers[1:] else (*numbers, i)[0]
+        if name in value_of or value in (*value_of.values(), *ignored):
+            raise UserError(f"{path} has the name or value of {line!r} twice")
+        if name.lower() in ("void", "ignore"):
+            ignored.append(value)
+        else:
+            value_of[name] = value
+    names = sorted(value_of, key=lambda name: name.lower() != "background")
     if not 2 <= len(names) <= 100:
         raise UserError(f"{path} names {len(names)} classes; 2 to 100 can be learned")
-    classes = {} if kinds == {3} else {255: IGNORE_INDEX}
-    classes |= dict.fromkeys(value_of.values(), IGNORE_INDEX)
+    classes = dict.fromkeys(ignored if kinds == {3} else [255, *ignored], IGNORE_INDEX)
     return classes | {value_of[name]: label for label, name in enumerate(names)}, names
 
-
 SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
-
 
 def find_images(paths):
     """All images among files and folders, sorted within each: in a folder, the files with one of
@@ -616,12 +583,10 @@ def find_images(paths):
         found += inside
     return found
 
-
 def find_ground_truth(image):
     """The trimap of a photo that lies in a folder of the pets, or None."""
     path = Path(image).absolute().parent.parent / "annotations" / "trimaps" / f"{image.stem}.png"
     return path if os.path.isfile(path) else None  # Path.is_file raises where a name is too long
-
 
 def unique_names(names):
     """A name for the outputs of each: on one line, at most 200 bytes, which leaves room for an
@@ -636,13 +601,11 @@ def unique_names(names):
         taken[name.casefold()] = name
     return [*taken.values()]
 
-
 class Check(NamedTuple):
     """What `verify` says of a split."""
-    errors: list           # a line for each image that cannot be used
+    errors: list           # a UserError for each image that cannot be used
     notes: list            # what was read in a way that one might not expect
     fractions: np.ndarray  # of the pixels, by class
-
 
 def verify(dataset):
     """Reads every image and mask: {split: Check}."""
@@ -651,6 +614,8 @@ def verify(dataset):
         with open_image(sample.image) as image:
             if image.mode.startswith("I"):
                 notes.append(f"16-bit images, white at {white_level(image)}")
+            if ";16" in str(image.tile):  # Pillow knows no colours of 16 bits
+                notes.append("16-bit colour images, of which the upper 8 bits are read")
         if sample.classes is None and soft_fraction(read_mask_values(sample.mask)):
             notes.append("masks with soft edges, cut at 128")
         target = labels_to_target(torch.from_numpy(labels))
@@ -659,7 +624,7 @@ def verify(dataset):
     result = {}
     for split, samples in dataset.splits.items():
         found = list(progress(parallel_map(inspect, samples), f"check {split}", len(samples)))
-        errors = [str(each) for each in found if isinstance(each, UserError)]
+        errors = [each for each in found if isinstance(each, UserError)]
         good = [each for each in found if not isinstance(each, UserError)]
         notes = Counter(note for some, _ in good for note in some)
         pixels = sum((counts for _, counts in good), np.zeros(IGNORE_INDEX, int))
@@ -667,13 +632,10 @@ def verify(dataset):
                               pixels / max(pixels.sum(), 1))
     return result
 
-
 # -------------------------------------------------------------------------------------- download
-
 PETS_MD5 = {"images.tar.gz": "5c4f3ee8e5d25df40f4fd59a7f44e54c",
             "annotations.tar.gz": "95a8c909bbe2e81eed6a22bccdf3f68f"}
 NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, OSError)
-
 
 def get_pets(root, url, archives=PETS_MD5, retry_delays=(1, 2, 4, 8, 16)):
     """Downloads and unpacks what is missing of the pets; returns their folder."""
@@ -691,14 +653,13 @@ def get_pets(root, url, archives=PETS_MD5, retry_delays=(1, 2, 4, 8, 16)):
                 digest.update(chunk)
         if digest.hexdigest() != md5:
             archive.unlink()
-            raise DownloadError(f"{archive} had a wrong checksum and was deleted; try again, or name "
-                                "another mirror with --url")
+            raise DownloadError(f"{archive} had a wrong checksum and was deleted; try again, or "
+                                "name another mirror with --url")
         with atomic_path(content) as new, tarfile.open(archive) as tar:
             tar.extractall(new.parent, filter="data")  # refuses what would leave the folder
             os.rename(new.parent / content.name, new)
         archive.unlink()
     return folder
-
 
 def download(url, path, retry_delays):
     """Downloads to `path`.part, goes on after a break, then renames. Gives up after as many breaks
@@ -709,6 +670,8 @@ def download(url, path, retry_delays):
         try:
             download_range(url, part, offset)
             os.replace(part, path)
+        except (ValueError, http.client.InvalidURL) as error:
+            raise UserError(f"{url} cannot be used: {error}") from error
         except NETWORK_ERRORS as error:
             progressed = part.exists() and part.stat().st_size > offset
             failures = 1 if progressed else failures + 1
@@ -717,9 +680,6 @@ def download(url, path, retry_delays):
                 raise DownloadError(f"cannot download {url}: {error}; check the network, or name a "
                                     "mirror with --url") from error
             time.sleep(retry_delays[failures - 1])
-        except ValueError as error:
-            raise UserError(f"{url} cannot be used: {error}") from error
-
 
 def download_range(url, part, offset):
     """One request: appends what `part`, `offset` bytes long, lacks."""
@@ -734,22 +694,19 @@ def download_range(url, part, offset):
         if offset and response.status != 206:  # the server does not know ranges: from the start
             offset = 0
             file.truncate(0)
-        total = offset + response.length if response.length else None
+        length = getattr(response, "length", None)  # neither every server nor file:// says it
+        total = offset + length if length else None
         chunks = iter(lambda: response.read1(1 << 18), b"")
         for chunk in progress(chunks, f"download {part.stem}", total, offset, "MB", 1e6, len):
             file.write(chunk)
     if total and part.stat().st_size < total:
         raise ConnectionError(f"the connection broke after {part.stat().st_size} of {total} bytes")
 
-
 # ----------------------------------------------------------- errors, safe files, threads, progress
-
-
 def escape_nonprintable(text):
     """Escapes newlines, undecodable bytes and bidi control characters, so that a file name stays on
     one line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
 
 class UserError(Exception):
     """Something that the user can mend: what is wrong, where, and what to do; further arguments are
@@ -758,21 +715,17 @@ class UserError(Exception):
     def __str__(self):
         return "\n  ".join(map(escape_nonprintable, self.args))
 
-
 class ImageError(UserError):
     """An image that is missing or damaged; the caller decides whether to go on without it."""
 
-
 class DownloadError(UserError):
     """The network or the server failed; `--data auto` then takes the toy pets."""
-
 
 def seeded_generator(*key):
     """A torch.Generator seeded by a hash of `key`, e.g. ("shuffle", seed, epoch): an exact resume
     needs no state of a global generator."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
 
 @contextlib.contextmanager
 def atomic_path(path):
@@ -787,12 +740,10 @@ def atomic_path(path):
             os.replace(path, Path(temporary) / "old")
         os.replace(new, path)
 
-
 def write_json(path, content):
     """Writes a JSON file atomically."""
     with atomic_path(path) as new:
         new.write_text(json.dumps(content, indent=2))
-
 
 def write_csv(path, rows):
     """Writes dicts with the same keys as a CSV file, atomically."""
@@ -801,7 +752,6 @@ def write_csv(path, rows):
         writer = csv.DictWriter(file, rows[0] if rows else ())
         writer.writeheader()
         writer.writerows(rows)
-
 
 def take_lock(folder, wait=True):
     """Locks a folder, and clears away what killed processes have left half-written in it. Returns
@@ -820,7 +770,6 @@ def take_lock(folder, wait=True):
         shutil.rmtree(leftover, ignore_errors=True)
     return handle
 
-
 @contextlib.contextmanager
 def lock(folder):
     """Holds a folder for this process alone while a block runs."""
@@ -829,7 +778,6 @@ def lock(folder):
         yield
     finally:
         os.close(handle)
-
 
 def parallel_map(function, items, threads=None):
     """Ordered map() on a thread pool with at most 4 results per thread in flight. A UserError is
@@ -851,30 +799,27 @@ def parallel_map(function, items, threads=None):
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C only what has begun is finished
 
-
 def format_time(seconds):
     """Seconds as 1:02:03 or 2:03."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
-
 class StatusLine:
-    """A line on stderr that is redrawn in a terminal; in a log, a line every 30 seconds."""
+    """A line on stderr of rank 0, redrawn in a terminal; in a log, a line every 30 seconds."""
 
     def __init__(self):
         self.terminal, self.last = sys.stderr.isatty(), time.monotonic()
+        self.silent = os.environ.get("RANK", "0") != "0"
 
     def due(self):
-        """Whether it is time for the next text; never on ranks above 0, which do not talk."""
-        return (os.environ.get("RANK", "0") == "0"
-                and time.monotonic() - self.last > (0.2 if self.terminal else 30))
+        return not self.silent and time.monotonic() - self.last > (0.2 if self.terminal else 30)
 
     def show(self, text):
         self.last = time.monotonic()
-        print(f"\r\x1b[K{text}" if self.terminal else text, file=sys.stderr, flush=True,
-              end="" if self.terminal else "\n")
-
+        if not self.silent:
+            print(f"\r\x1b[K{text}" if self.terminal else text, file=sys.stderr, flush=True,
+                  end="" if self.terminal else "\n")
 
 def progress(items, title, total, done=0, unit="images", scale=1, size=lambda item: 1):
     """Yields the items, while a line says how much is done, how fast, and how long it will take."""
@@ -883,95 +828,82 @@ def progress(items, title, total, done=0, unit="images", scale=1, size=lambda it
         yield item
         done += size(item)
         if line.due() or done == total:
-            seconds = time.monotonic() - start
+            seconds = max(time.monotonic() - start, 1e-6)
             left = format_time(seconds * (total - done) / (done - first)) if total else "?"
             line.show(f"{title}: {done / scale:,.0f} of {(total or 0) / scale:,.0f} {unit}, "
                       f"{(done - first) / seconds / scale:,.1f} {unit}/s, {left} left")
 
-
 # ----------------------------------------------------------------------- masks, overlays, cut-outs
-
 # the colours of classes 1, 2, …: those of Okabe and Ito, distinct for colour-blind eyes, then the
-# same lighter and darker; the background is black, and left as it is in overlays
+# same lighter and darker, then all again; the background is black, and left as it is in overlays
 OKABE_ITO = np.array([(213, 94, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178),
                       (204, 121, 167), (230, 159, 0), (150, 150, 150)])
-PALETTE = [(0, 0, 0), *map(tuple, np.concatenate(
-    [OKABE_ITO, 255 - (255 - OKABE_ITO) * 0.45, OKABE_ITO * 0.55] * 5)[:100].astype(int).tolist())]
-
+SHADES = np.concatenate([OKABE_ITO, 255 - (255 - OKABE_ITO) * 0.45, OKABE_ITO * 0.55])
+PALETTE = [(0, 0, 0), *map(tuple, SHADES.astype(int).tolist() * 5)]
 
 def to_image(array):
     """A uint8 array as an image; a bool one in white on black."""
     return Image.fromarray(array * np.uint8(255) if array.dtype == bool else np.asarray(array))
 
-
 def save_image(image, path):
     """Writes an image atomically, in the format that its name ends in."""
-    path = Path(path)
+    format = Image.registered_extensions()[Path(path).suffix.lower()]
     with atomic_path(path) as new:
-        format = Image.registered_extensions()[path.suffix.lower()]
-        options = {"quality": 90} if format == "JPEG" else {"compress_level": 1}
-        image.save(new, format, **options)
-
+        image.save(new, format, quality=90, compress_level=1)  # for JPEG, for PNG
 
 def colorize_mask(mask, class_names):
     """A mask of class indices as an image: white on black, or with the palette of the classes."""
     if len(class_names) == 2:
         return to_image(mask > 0)
-    image = Image.fromarray(mask, "L")
+    image = to_image(mask)
     image.putpalette(sum(PALETTE[:len(class_names)], ()))
     return image
 
-
 def overlay(photo, mask):
     """The photo with each class tinted and its contour drawn, dark beside light on any ground."""
-    result = photo.copy()
-    for label in range(1, int(mask.max()) + 1):
+    result, blur = photo.copy(), ImageFilter.BoxBlur(max(1, max(photo.size) / 300))
+    for label in np.unique(mask[mask > 0]):
         inside = to_image(mask == label)
-        if inside.getbbox():
-            contour = inside.filter(ImageFilter.BoxBlur(max(1, max(photo.size) / 300))).point(
-                [255 * (6 < value < 249) for value in range(256)])
-            result.paste(PALETTE[label], mask=inside.point(lambda value: value * 0.35))
-            result.paste((20, 20, 20), mask=contour)
-            result.paste("white", mask=ImageChops.darker(contour, inside))
+        contour = inside.filter(blur).point(lambda value: 255 * (6 < value < 249))
+        result.paste(PALETTE[label], mask=inside.point(lambda value: value * 0.35))
+        result.paste((20, 20, 20), mask=contour)
+        result.paste("white", mask=ImageChops.darker(contour, inside))
     return result
-
 
 def cutout(photo, mask):
     """The foreground alone; everything else is transparent, and black."""
-    rgba = Image.new("RGBA", photo.size)
-    rgba.paste(photo, mask=to_image(mask > 0))
-    return rgba
+    return Image.composite(photo.convert("RGBA"), Image.new("RGBA", photo.size), to_image(mask > 0))
 
+def image_grid(images, columns=2):
+    """Images side by side on white."""
+    width, height = max(i.width for i in images) + 8, max(i.height for i in images) + 8
+    grid = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
+    for i, image in enumerate(images):
+        grid.paste(image, (i % columns * width + 4, i // columns * height + 4))
+    return grid
+
+def add_caption(image, text):
+    """The image with a line of text above it."""
+    result = ImageOps.expand(image, (0, 20, 0, 0), "white")
+    ImageDraw.Draw(result).text((0, 2), text, "black", ImageFont.load_default(13))
+    return result
 
 def panel(photo, truth, mask, caption, class_names, side=256):
     """photo | ground truth (where known) | prediction, each `side` high and at most four times as
     wide, with captions and, for more than two classes, a legend."""
     width = min(max(1, round(side * photo.width / photo.height)), 4 * side)
     photo = photo.resize((width, side), Image.Resampling.BICUBIC)
-    tiles = [(caption, photo)] + [
-        (name, overlay(photo, resize(labels, (side, width), "NEAREST")))
+    tiles = [add_caption(photo, caption)] + [
+        add_caption(overlay(photo, resize(labels, (side, width), "NEAREST")), name)
         for name, labels in (("ground truth", truth), ("prediction", mask)) if labels is not None]
-    row = Image.new("RGB", (len(tiles) * (width + 4) - 4, side + 24), "white")
-    for i, (name, tile) in enumerate(tiles):
-        row.paste(tile, (i * (width + 4), 24))
-        ImageDraw.Draw(row).text((i * (width + 4), 4), name, "black", ImageFont.load_default(13))
-    return row if len(class_names) == 2 else add_legend(row, class_names)
-
-
-def add_legend(image, class_names):
-    """The image with the colour and name of each class but the background below it."""
-    result = Image.new("RGB", (image.width, image.height + 18 * len(class_names)), "white")
-    result.paste(image)
-    draw, font, x, y = ImageDraw.Draw(result), ImageFont.load_default(13), 0, image.height + 4
-    for name, colour in zip(class_names[1:], PALETTE[1:]):
-        width = 28 + int(font.getlength(name))
-        if x and x + width > image.width:
-            x, y = 0, y + 18
-        draw.rectangle((x, y + 2, x + 12, y + 14), colour)
-        draw.text((x + 17, y), name, "black", font)
-        x += width
-    return result.crop((0, 0, image.width, y + 18))
-
+    row = image_grid(tiles, len(tiles))
+    if len(class_names) == 2:
+        return row
+    legend = image_grid([add_caption(Image.new("RGB", (150, 6), colour), name) for name, colour
+                         in zip(class_names[1:], PALETTE[1:])], max(1, row.width // 158))
+    result = ImageOps.expand(row, (0, 0, 0, legend.height), "white")
+    result.paste(legend, (0, row.height))
+    return result
 
 OUTPUTS = {  # what `infer` can write: the ending, and how from photo, mask, ground truth, classes
     "mask": (".png", lambda photo, mask, truth, names: colorize_mask(mask, names)),
@@ -980,250 +912,156 @@ OUTPUTS = {  # what `infer` can write: the ending, and how from photo, mask, gro
     "panel": (".jpg", lambda photo, mask, truth, names: panel(photo, truth, mask, "photo", names)),
 }
 
-
 def output_path(out, name, output):
     """Where `infer` writes one output of an image."""
     return out / f"{name}_{output}{OUTPUTS[output][0]}"
-
 
 def is_own_output(path, out):
     """Whether an image is one that `infer` has written to the folder `out`."""
     return out.resolve() in path.resolve().parents and path.stem.rpartition("_")[2] in OUTPUTS
 
-
-def image_grid(images, columns=2):
-    """Images side by side on white."""
-    width, height = max(i.width for i in images) + 12, max(i.height for i in images) + 12
-    grid = Image.new("RGB", (columns * width, math.ceil(len(images) / columns) * height), "white")
-    for i, image in enumerate(images):
-        grid.paste(image, (i % columns * width + 6, i // columns * height + 6))
-    return grid
-
-
 # ---------------------------------------------------------------------------------------- curves
-
 LINE_COLORS = [tuple(OKABE_ITO[i].tolist()) for i in (4, 0, 2, 5, 6, 1)]
 
-
-def ticks(low, high, most=6):
+def ticks(low, high):
     """Round numbers, 1, 2 or 5 times a power of ten apart, that cover low..high."""
-    step = 10.0 ** math.floor(math.log10(max(high - low, 1e-9) / most))
-    step *= next(m for m in (1, 2, 5, 10) if (high - low) / (step * m) <= most + 1e-9)
-    return [round(i * step, 10) for i in range(math.floor(low / step + 1e-9),
-                                               math.ceil(high / step - 1e-9) + 1)]
+    smallest = max(high - low, 1e-3) / 6
+    power = 10.0 ** math.floor(math.log10(smallest))
+    step = next((m * power for m in (1, 2, 5) if m * power >= smallest), 10 * power)
+    return [i * step for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
 
+def draw_plot(draw, left, runs, quantity, metric):
+    """Of each run a thin curve for train, a bold one for val, and a circle at the best epoch."""
+    right, top, bottom = left + 1040, 100 + 36 * len(runs), 960  # the legend has a line per run
+    gray, font = (60, 60, 60), ImageFont.load_default(24)
+    rows = [row for run in runs.values() for row in run]
+    values = [row[f"{split}_{quantity}"] for row in rows for split in ("train", "val")]
+    y_ticks, last = ticks(min(values), max(values)), max(row["epoch"] for row in rows)
 
-def draw_plot(draw, box, title, curves):
-    """Title, legend, axes, grid and curves inside `box`. A curve is (label, colour, line width,
-    points, the index of the point that gets a marker or None)."""
-    left, top, right, bottom = box
-    small, large, gray = ImageFont.load_default(24), ImageFont.load_default(30), (60, 60, 60)
-    draw.text(((left + right) / 2, top), title, "black", large, anchor="mt")
-    top += 62
-    for i, (label, colour, width, *_) in enumerate(curves):  # the legend, two in a row
-        x, y = left + i % 2 * (right - left) / 2, top + i // 2 * 36
-        draw.line([(x, y), (x + 46, y)], colour, width)
-        draw.text((x + 56, y), label[:34], gray, small, anchor="lm")
-    top += 36 * math.ceil(len(curves) / 2)
+    def to_pixel(epoch, value):
+        height = (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0] + 1e-9)
+        return left + (right - left) * epoch / last, bottom - (bottom - top) * height
 
-    xs, ys = zip(*(point for curve in curves for point in curve[3]))
-    y_ticks, x_low, x_high = ticks(min(ys), max(ys)), min(xs) - 0.5, max(xs) + 0.5
-    y_low, y_high = y_ticks[0], y_ticks[-1] + 1e-9
-
-    def to_pixel(x, y):
-        return (left + 12 + (right - left - 24) * (x - x_low) / (x_high - x_low),
-                bottom - (bottom - top) * (y - y_low) / (y_high - y_low))
-
+    draw.text(((left + right) / 2, 20), quantity, "black", ImageFont.load_default(30), anchor="mt")
+    draw.text(((left + right) / 2, bottom + 50), "epoch", "black", font, anchor="mt")
     for tick in y_ticks:
-        y = to_pixel(x_low, tick)[1]
+        _, y = to_pixel(0, tick)
         draw.line([(left, y), (right, y)], (225, 225, 225), 2)
-        draw.text((left - 12, y), f"{tick:g}", gray, small, anchor="rm")
-    for tick in ticks(min(xs), max(xs), 8):
-        if x_low <= tick <= x_high and tick == int(tick):
-            x = to_pixel(tick, y_low)[0]
-            draw.line([(x, top), (x, bottom + 8)], (225, 225, 225), 2)
-            draw.text((x, bottom + 14), f"{tick:g}", gray, small, anchor="mt")
+        draw.text((left - 12, y), f"{tick:g}", gray, font, anchor="rm")
+    for epoch in range(0, last + 1, math.ceil(last / 10)):
+        x, _ = to_pixel(epoch, 0)
+        draw.line([(x, top), (x, bottom + 8)], (225, 225, 225), 2)
+        draw.text((x, bottom + 14), str(epoch), gray, font, anchor="mt")
     draw.line([(left, top), (left, bottom), (right, bottom)], gray, 3)
-    draw.text(((left + right) / 2, bottom + 50), "epoch", "black", small, anchor="mt")
-    for _, colour, width, points, marker in curves:
-        pixels = [to_pixel(*point) for point in points]
-        draw.line(pixels, colour, width, "curve")
-        draw.circle(pixels[-1], width, colour)  # all there is after one epoch
-        if marker is not None:
-            x, y = pixels[marker]
-            draw.line([(x, y), (x, bottom)], colour, 2)
-            draw.circle((x, y), 9, "white", colour, 5)
-
+    for i, (name, rows) in enumerate(runs.items()):
+        colours = LINE_COLORS[:2] if len(runs) == 1 else [LINE_COLORS[i % len(LINE_COLORS)]] * 2
+        y = 80 + 36 * i  # of the legend
+        for x, split, colour, width in zip((left, left + 140), ("train", "val"), colours, (4, 7)):
+            draw.line([(x, y), (x + 46, y)], colour, width)
+            draw.text((x + 56, y), split, gray, font, anchor="lm")
+            pixels = [to_pixel(row["epoch"], row[f"{split}_{quantity}"]) for row in rows]
+            draw.line(pixels, colour, width, "curve")
+            draw.circle(pixels[-1], width, colour)  # all there is after one epoch
+        best = max(rows, key=lambda row: row[f"val_{metric}"])
+        epoch, value = best["epoch"], best[f"val_{quantity}"]
+        draw.circle(to_pixel(epoch, value), 9, "white", colour, 5)
+        text = f"{name[:38]}, best epoch {epoch}: {value:.4f}"
+        draw.text((left + 270, y), text, gray, font, anchor="lm")
 
 def draw_curves(path, runs, metric="dice"):
-    """Loss and a metric, "dice" or "mean_iou", over the epochs; `runs` is {name: rows of
-    metrics.csv}; the best epochs are marked. One run has a colour for train and one for val,
-    several have one each."""
+    """Loss and a metric over the epochs, side by side; `runs` is {name: rows of metrics.csv}."""
     image = Image.new("RGB", (2400, 1080), "white")  # twice the size, for smooth edges
-    draw, single = ImageDraw.Draw(image), len(runs) == 1
     for left, quantity in ((110, "loss"), (1310, metric)):
-        title, curves = {"loss": "Loss", "dice": "Dice", "mean_iou": "Mean IoU"}[quantity], []
-        for i, (name, rows) in enumerate(runs.items()):
-            scores = [row[f"val_{metric}"] for row in rows]
-            best = scores.index(max(scores))
-            colours = LINE_COLORS[:2] if single else [LINE_COLORS[i % len(LINE_COLORS)]] * 2
-            for split, colour, width, marker in zip(("train", "val"), colours, (4, 7),
-                                                    (None, best)):
-                points = [(row["epoch"], row[f"{split}_{quantity}"]) for row in rows]
-                curves.append((split if single else f"{name} {split}", colour, width, points,
-                               marker))
-        if single and quantity == metric:
-            title += f": best {scores[best]:.4f}, epoch {rows[best]['epoch']}"
-        draw_plot(draw, (left, 30, left + 1040, 960), title, curves)
-    save_image(image.resize((1200, 540), Image.Resampling.LANCZOS), path)
+        draw_plot(ImageDraw.Draw(image), left, runs, quantity, metric)
+    save_image(image.reduce(2), path)
+
 # ---------------------------------------------------------------------------------- the toy pets
-# Cats and dogs drawn from a seed, to try everything without a download. A figure is a table of
-# (x, y, half width, half height, tilt, shade) in pet lengths, y downwards: ellipses, later ones
-# in front; a tilt is in radians. A pose is where the head is, how large it is, and the rest.
+# Cats and dogs drawn from a seed, to try everything without a download. The things around them
+# have the colours and textures of their coats, so that a network has to learn shapes.
+# The breeds, cats in capitals as in the pets' dataset; how wide and high the marks on a coat are
+COATS = {"Tabby": (7, 60), "Calico": (45, 45), "Smoke": (300, 300),
+         "pointer": (11, 11), "collie": (60, 30), "terrier": (3, 3)}
 
-COATS = {"Tabby": "stripes", "Calico": "patches", "Smoke": "plain",     # cats in capitals,
-         "pointer": "spots", "collie": "patches", "terrier": "plain"}   # as in the pets' dataset
-POSES = (
-    ((0.55, -0.32, 0.22), (  # standing: tail, far legs, trunk, near legs, neck
-        (-0.72, -0.25, 0.32, 0.04, 0.8, 110), (-0.4, 0.33, 0.06, 0.28, 0.1, 90),
-        (0.28, 0.33, 0.06, 0.28, -0.1, 90), (0, 0, 0.55, 0.23, 0, 125),
-        (-0.28, 0.35, 0.07, 0.28, 0, 120), (0.4, 0.35, 0.07, 0.28, 0, 120),
-        (0.42, -0.1, 0.14, 0.26, 0.6, 128))),
-    ((0.08, -0.5, 0.27), (  # sitting: tail, trunk, haunch, front legs
-        (-0.45, 0.3, 0.36, 0.04, 0.5, 110), (0, 0.12, 0.3, 0.5, 0, 122),
-        (-0.15, 0.38, 0.26, 0.22, 0, 114), (0.03, 0.34, 0.07, 0.32, 0, 130),
-        (0.2, 0.34, 0.07, 0.32, 0, 138))),
-    ((0.55, -0.05, 0.24), (  # lying: tail, trunk, front leg
-        (-0.75, 0.05, 0.35, 0.04, 0.3, 110), (0, 0.08, 0.6, 0.24, 0, 124),
-        (0.5, 0.27, 0.3, 0.06, 0, 132))),
-    ((0, -0.1, 0.46), ((0, 0.75, 0.55, 0.6, 0, 115),)),  # from close by
-)
-TOY_COLOURS = np.array([
-    (30, 27, 25), (240, 234, 224), (130, 127, 124), (205, 128, 55), (98, 64, 40), (226, 200, 160),
-    (160, 112, 74), (72, 76, 86), (96, 128, 70), (76, 112, 150), (150, 76, 76), (190, 178, 120),
-])  # a coat is of the first eight; the world around it is of all, so colour alone tells little
+def ellipse(a, b, radius, corners=28):
+    """An ellipse from a to b (3 corners: a triangle, 4: a box); points are complex, x + iy."""
+    angle, axis = np.linspace(0, 2 * math.pi, corners, endpoint=False), (b - a) / 2
+    return (a + b) / 2 + axis * (np.cos(angle) + 1j * radius / abs(axis) * np.sin(angle))
 
+def noise(rng, size, width, height):
+    """Smooth noise (H, W, 1) in 0..1, in blobs of about width × height pixels."""
+    coarse = math.ceil(size[0] / height) + 1, math.ceil(size[1] / width) + 1
+    return resize(rng.random(coarse, np.float32), size, "BICUBIC")[..., None].clip(0, 1)
 
-def ellipse_polygon(x, y, rx, ry, tilt=0.0, corners=28):
-    """An ellipse, or with few corners a triangle or box that points upwards, as a polygon."""
-    angle = np.linspace(0, 2 * math.pi, corners, endpoint=False)
-    across, down = rx * np.sin(angle), -ry * np.cos(angle)
-    cos, sin = math.cos(tilt), math.sin(tilt)
-    return np.stack((x + cos * across - sin * down, y + sin * across + cos * down), axis=1)
+def texture(rng, size, width, height, coat=False):
+    """Blobs between two colours (H, W, 3), gray to orange as on a coat, or of any other hue."""
+    one, two = rng.uniform(30, 250, (2, 1)) * rng.uniform(0.6, 1, (2, 1)) ** [0, 1, 2]
+    if not coat and rng.random() < 0.3:
+        one, two = rng.permutation(one), rng.permutation(two)
+    return one + (two - one) * noise(rng, size, width, height)
 
+def draw_pet(rng, size, breed):
+    """The (polygon, brightness) shapes of a pet, later ones in front, and its coat (H, W, 3)."""
+    front = 0.42 * np.exp(1j * rng.normal(rng.choice([0, -1]), 0.15))  # it stands, or sits
+    rear, head = -front, front + complex(*rng.normal((0.14, -0.3), 0.05))
+    radius, ground = rng.uniform((0.2, 0.3), (0.3, 0.65))
+    body = [ellipse(rear, rear + complex(*rng.normal((-0.5, -0.2), 0.2)), 0.05)]   # tail
+    body += [ellipse(end, complex(end.real + rng.normal(0, 0.12), ground), 0.07)
+             for end in (rear, front, rear, front)]                                # legs
+    body += [ellipse(1.3 * rear, 1.3 * front, 0.24), ellipse(front, head, 0.14)]   # trunk, neck
 
-def draw_figure(rng, cat):
-    """A pet in some pose, slightly varied: its (polygon, shade) parts, and its eyes and nose."""
-    (x, y, r), rows = POSES[rng.integers(len(POSES))]
-    parts = []
-    for cx, cy, rx, ry, tilt, shade in rows:
-        rx, ry = np.array((rx, ry)) * rng.uniform(0.85, 1.2, 2)
-        parts.append((ellipse_polygon(cx, cy, rx, ry, tilt + rng.normal(0, 0.12)), shade))
-    x, y, r = x + rng.normal(0, 0.03), y + rng.normal(0, 0.05), r * rng.uniform(0.88, 1.12)
-    pointed = cat or rng.random() < 0.4
-    for side in (-1, 1):
-        ear = (side * 0.55, -0.85, 0.45, 0.6, side * 0.4, 3) if pointed else (
-            side * 0.95, 0.1, 0.3, 0.75, side * -0.3)
-        parts.append((r * ellipse_polygon(*ear) + (x, y), 100))
-    parts.append((ellipse_polygon(x, y, r, r * 0.9), 135))
-    x += rng.uniform(-0.25, 0.25) * r  # the face looks to one side
-    parts.append((ellipse_polygon(x, y + r * 0.4, r * (0.4 if cat else 0.55), r * 0.4), 152))
-    eyes = [ellipse_polygon(x + side * r * 0.4, y - r * 0.1, r * 0.11, r * 0.14) for side in (-1, 1)]
-    return parts, [*eyes, ellipse_polygon(x, y + r * 0.25, r * 0.13, r * 0.09)]
+    pointed = breed[0].isupper() or rng.random() < 0.4  # cats' ears; the head's radius is 1 here
+    ear = ellipse(0.3-0.2j, 0.8-1.4j, 0.5, 3) if pointed else ellipse(0.8-0.7j, 1.1+0.8j, 0.3)
+    eye, look = ellipse(0.4-0.25j, 0.4+0.05j, 0.11), rng.uniform(-0.25, 0.25)
+    parts = [ear, -ear.conj(), ellipse(-1, 1, 0.9), look + ellipse(0, 0.8j, 0.45),
+             look + eye, look - eye.conj(), look + ellipse(0.15j, 0.35j, 0.13)]
+    polygons = body + [head + radius * part for part in parts]
+    brightness = [*np.linspace(100, 145, len(polygons) - 3), 8, 8, 8]  # eyes and nose are dark
 
+    scale = min(size) * rng.uniform(0.45, 0.9) * np.exp(1j * rng.normal(0, 0.2))  # and turn
+    centre = complex(*rng.uniform(0.38, 0.62, 2) * size[::-1]) - scale * head / 2
+    coat, marks = texture(rng, size, 30, 30, coat=True), texture(rng, size, 30, 30, coat=True)
+    coat = np.where(noise(rng, size, *COATS[breed]) > 0.55, marks, coat)
+    coat += 60 * noise(rng, size, 2, 7) - 30  # hair
+    return [(centre + scale * part, value) for part, value in zip(polygons, brightness)], coat
 
-def noise_texture(rng, size, across, down):
-    """Smooth noise in 0..1 whose bumps are about `across` × `down` pixels large."""
-    coarse = rng.random((max(2, round(size[0] / down)), max(2, round(size[1] / across))))
-    return resize(coarse.astype(np.float32), size, "BICUBIC")[..., None].clip(0, 1)
-
-
-def two_tone(rng, size, colours, bumps):
-    """A surface between two of `colours`, mottled by noise of the size `bumps`."""
-    one, two = colours[rng.integers(len(colours), size=2)] + rng.normal(0, 10, (2, 3))
-    mixed = noise_texture(rng, size, *bumps)
-    return one.astype(np.float32) + (two - one).astype(np.float32) * mixed
-
-
-def rasterize(size, shapes):
-    """Draws (polygon, value) shapes at double size and halves it: a float array, smooth edges."""
-    image = Image.new("L", (2 * size[1], 2 * size[0]))
-    draw = ImageDraw.Draw(image)
-    for polygon, value in shapes:
-        draw.polygon((2 * polygon).ravel().tolist(), fill=int(value))
-    return np.asarray(image.reduce(2), dtype=np.float32)[..., None]
-
-
-def draw_clutter(rng, photo, number, sizes):
-    """Paints `number` cushions, boxes and planks over the photo; returns where, in 0..1."""
-    size, covered = photo.shape[:2], np.zeros_like(photo[..., :1])
-    for _ in range(number):
-        x, y = rng.uniform(0, size[1]), rng.uniform(0, size[0])
-        rx, ry = rng.uniform(*sizes, 2) * min(size)
-        shape = ellipse_polygon(x, y, rx, ry, rng.uniform(0, 3), rng.choice([4, 28]))
-        alpha = rasterize(size, [(shape, 255)]) / 255
-        photo += (two_tone(rng, size, TOY_COLOURS, rng.choice([3, 8, 25], size=2)) - photo) * alpha
-        covered = np.maximum(covered, alpha)
-    return covered
-
+def draw_thing(rng, size):
+    """A cushion or a box to stand behind the pet or before it, as `draw_pet` returns the pet."""
+    a, b = complex(*rng.uniform(0, size[::-1])), complex(*rng.normal(0, 0.2 * min(size), 2))
+    shape = ellipse(a, a + b, rng.uniform(0.04, 0.2) * min(size), rng.choice([4, 28]))
+    return [(shape, 128)], texture(rng, size, *rng.choice([2, 7, 30], 2))
 
 def draw_toy(rng, breed):
     """One toy pet: its photo (an RGB image) and its trimap (1 pet, 2 background, 3 border)."""
-    width, height = rng.integers(150, 231, 2).tolist()
-    size = height, width
-    photo = two_tone(rng, size, TOY_COLOURS, rng.choice([4, 15, 60], size=2))
-    draw_clutter(rng, photo, rng.integers(3, 8), (0.05, 0.3))
-
-    parts, face = draw_figure(rng, cat=breed[0].isupper())
-    scale, turn = min(size) * rng.uniform(0.42, 0.72), rng.normal(0, 0.2)
-    facing = np.array([[rng.choice([-1, 1]), 0], [0, 1]])
-    place = facing @ (scale * np.array([[math.cos(turn), math.sin(turn)],
-                                        [-math.sin(turn), math.cos(turn)]]))
-    centre = np.array([width, height]) * rng.uniform(0.38, 0.62, 2)
-    parts = [(part @ place + centre, shade) for part, shade in parts]
-    alpha = rasterize(size, [(part, 255) for part, _ in parts]) / 255
-
-    coat = two_tone(rng, size, TOY_COLOURS[:8], (30, 30))
-    bumps = {"stripes": (7, 60), "spots": (11, 11), "patches": (45, 45)}.get(COATS[breed])
-    if bumps:
-        marks = two_tone(rng, size, TOY_COLOURS[:8], (30, 30))
-        coat += (marks - coat) * (noise_texture(rng, size, *bumps) > 0.55)
-    hair = noise_texture(rng, size, 2, 7) + noise_texture(rng, size, 2, 4) - 1
-    coat = coat * (0.55 + rasterize(size, parts) / 280) + 38 * hair
-    photo += (coat - photo) * alpha
-    features = [(part @ place + centre, 255) for part in face]
-    photo += (np.array([18, 14, 12]) - photo) * rasterize(size, features) / 255
-
-    hidden = draw_clutter(rng, photo, rng.integers(0, 3), (0.04, 0.14))
-    photo *= 0.75 + 0.5 * noise_texture(rng, size, width, height)  # uneven light
-    photo += 5 * rng.standard_normal(photo.shape, dtype=np.float32)
-    pet = to_image((255 * alpha * (1 - hidden))[..., 0] >= 128)
-    near = np.asarray(pet.filter(ImageFilter.BoxBlur(2)))
+    size = height, width = rng.integers(150, 231, 2).tolist()
+    photo, visible, pet = texture(rng, size, *rng.choice([2, 7, 30], 2)), 0, rng.integers(3, 8)
+    for i in range(pet + rng.integers(1, 4)):  # things, the pet, and maybe things in front of it
+        shapes, colours = draw_pet(rng, size, breed) if i == pet else draw_thing(rng, size)
+        layer = Image.new("LA", (2 * width, 2 * height))  # twice the size, for smooth edges
+        for polygon, value in shapes:
+            ImageDraw.Draw(layer).polygon((2 * polygon).view(float).tolist(), (int(value), 255))
+        brightness, alpha = np.split(np.asarray(layer.reduce(2)) / 255, 2, axis=2)
+        photo += (2 * brightness * colours - photo) * alpha
+        visible = alpha if i == pet else visible * (1 - alpha)
+    photo *= 0.75 + 0.5 * noise(rng, size, width, height)  # uneven light
+    near = np.asarray(to_image(visible[..., 0] > 0.5).filter(ImageFilter.BoxBlur(2)))
     trimap = np.where(near > 240, 1, np.where(near < 15, 2, 3)).astype(np.uint8)
-    return Image.fromarray(photo.clip(0, 255).astype(np.uint8)), Image.fromarray(trimap)
-
+    flip = rng.choice([-1, 1])
+    return to_image(photo[:, ::flip].clip(0, 255).astype(np.uint8)), to_image(trimap[:, ::flip])
 
 def make_toys(root, seed=0, trainval=400, test=100):
     """Draws the toy pets in exactly the pets' layout; returns their folder."""
-    folder = Path(root) / TOYS
+    folder, total, breeds, lines = Path(root) / TOYS, trainval + test, list(COATS), []
+    toys = parallel_map(lambda i: draw_toy(np.random.default_rng((seed, i)),
+                                           breeds[i % len(breeds)]), range(total))
     with atomic_path(folder) as new:
-        images, annotations = new / "images", new / "annotations"
-        images.mkdir(parents=True)
-        (annotations / "trimaps").mkdir(parents=True)
-
-        def draw(i):
-            breed = list(COATS)[i % len(COATS)]
-            name = f"{breed}_{i // len(COATS) + 1}"
-            image, trimap = draw_toy(np.random.default_rng((seed, i)), breed)
-            image.save(images / f"{name}.jpg", quality=90)
-            trimap.save(annotations / "trimaps" / f"{name}.png")
-            return f"{name} {i % len(COATS) + 1} {1 if breed[0].isupper() else 2} 1\n"
-
-        total = trainval + test
-        lines = list(progress(parallel_map(draw, range(total)), "draw toy pets", total))
-        head = "# name class species(1 cat, 2 dog) breed\n"
-        (annotations / "trainval.txt").write_text(head + "".join(lines[:trainval]))
-        (annotations / "test.txt").write_text(head + "".join(lines[trainval:]))
+        (new / "images").mkdir(parents=True)
+        (new / "annotations" / "trimaps").mkdir(parents=True)
+        for i, (image, trimap) in enumerate(progress(toys, "draw toy pets", total)):
+            number, breed = divmod(i, len(breeds))
+            name = f"{breeds[breed]}_{number + 1}"
+            image.save(new / "images" / f"{name}.jpg", quality=90)
+            trimap.save(new / "annotations" / "trimaps" / f"{name}.png")
+            lines.append(f"{name} {breed + 1} {1 if name[0].isupper() else 2} 1\n")
+        (new / "annotations" / "trainval.txt").write_text("".join(lines[:trainval]))
+        (new / "annotations" / "test.txt").write_text("".join(lines[trainval:]))
     return folder
-
-

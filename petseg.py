@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 # --------------------------------------------------------------------------------------- options
-
 PROGRAM = os.environ.get("PETSEG_PROGRAM") or f"python {sys.argv[0]}"  # as the user typed it
 DEFAULT_CKPT = Path(__file__).with_name("weights") / "unet.pt"
 PETS_URL = "https://www.robots.ox.ac.uk/~vgg/data/pets/data/"
@@ -201,7 +200,6 @@ except ImportError:  # not on Windows
     resource = None
 
 # ----------------------------------------------------------------------------------------- train
-
 def train_step(config, model, optimizers, train_set, indices, epoch, step, class_weights=None):
     """One optimizer step on the images `indices`, a micro-batch at a time. Returns the sums of
     (loss, images, Dice, IoU) over the images and the pixel counts (C, 3), or None where the
@@ -364,7 +362,6 @@ def eval_target(config, labels):
     return data.labels_to_target(labels, border, classes=len(config["class_names"]))
 
 # ------------------------------------------------------------------- what train and evaluate call
-
 def setup_device(args):
     """The device asked for, or the best there is; sets the threads and malloc of this process."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
@@ -610,7 +607,6 @@ def terminate(*_):
     raise SystemExit(143)
 
 # --------------------------------------------------------------------------- runs and checkpoints
-
 RESUME_OVERRIDES = ("epochs", "threads", "save_every", "checkpoint_minutes", "root", "data")
 
 def open_run(args, device):
@@ -869,7 +865,6 @@ def load_predictor(args, path):
     return predictor
 
 # --------------------------------------------------------------------------- eval, infer, compare
-
 def eval_dataset(args, config):
     """The dataset that --data and --root name, or else that the model was trained on; its config."""
     own = config | {"data": args.data or config["data"], "root": args.root or config["root"]}
@@ -1029,7 +1024,6 @@ def compare(args):
     print_result(args, f"{format_table(rows)}\n{args.out}", {"runs": rows, "picture": args.out})
 
 # ------------------------------------------------------------------- data, summary, export, bench
-
 def manage_data(args):
     """Downloads the pets, draws the toys, or reads all of a dataset and says what is wrong."""
     folders = [Path(args.root) / name for name in (data.PETS, data.TOYS)]
@@ -1045,6 +1039,8 @@ def manage_data(args):
     found = data.verify(dataset)
     errors = [error for result in found.values() for error in result.errors]
     notes = [f"{split}: {note}" for split, result in found.items() for note in result.notes]
+    notes += [f"{split}: the class {name} never occurs" for split, result in found.items()
+              for name, fraction in zip(dataset.class_names, result.fractions) if not fraction]
     rows = [{"split": split, "images": len(dataset.splits[split]), "errors": len(result.errors)}
             for split, result in found.items()]
     fractions = [{"class": name, **{split: float(result.fractions[i])
@@ -1053,10 +1049,11 @@ def manage_data(args):
     text = [f"{folder}: {dataset.layout}", format_table(rows), "", format_table(fractions), *notes]
     print_result(args, "\n".join(text), {
         "folder": str(folder), "layout": dataset.layout, "class_names": dataset.class_names,
-        "splits": rows, "fractions": fractions, "errors": errors, "notes": notes,
+        "splits": rows, "fractions": fractions, "errors": [*map(str, errors)], "notes": notes,
         "warnings": dataset.warnings})
     if errors:
-        raise UserError(f"{len(errors)} images of {folder} cannot be used:", *errors[:5])
+        raise UserError(f"{len(errors)} images of {folder} cannot be used:",
+                        *[error.args[0] for error in errors[:5]], *errors[0].args[1:])
 
 def layer_table(model, width, size, upsample="transpose"):
     """A row for each innermost layer: name, output, parameters and multiply-adds, from one forward
@@ -1326,7 +1323,6 @@ def format_metrics(split, metrics):
     return "\n\n".join(format_table(rows) for rows in (metrics.get("classes"), [row]) if rows)
 
 # ------------------------------------------------------------------------------------------- main
-
 COMMANDS = {"train": train, "eval": eval_command, "infer": infer, "compare": compare,
             "data": manage_data, "summary": summary, "export": export, "bench": bench}
 
