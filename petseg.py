@@ -649,8 +649,8 @@ def resume_run(folder, typed, device):
         if value == "auto" and name in ("data", "precision"):  # resolved when the run began
             continue
         if value != config[name] and name not in RESUME_OVERRIDES:
-            raise UserError(f"{folder} was begun with --{name.replace('_', '-')} {config[name]}, not "
-                            f"{value}; leave it out, or begin a new run with another --name")
+            raise UserError(f"{folder} was begun with --{name.replace('_', '-')} {config[name]}, "
+                            f"not {value}; leave it out, or begin a new run with another --name")
         if name == "epochs" and value != config["epochs"]:
             config["command"] += f", resumed with --epochs {value}"
         config[name] = value
@@ -676,9 +676,8 @@ def resolve_config(typed, device, toy=False):
         start = load_checkpoint(typed["init_from"], BEST)["config"]
         config |= {name: start[name] for name in ("width", "upsample", "size")}
     config |= {"epochs": 16 if toy and typed["model"] == "unet" else 20, **typed}
-    # the longer a run, the stronger the augmentation should be. Toys: test Dice of UNet 0.962 with
-    # flip alone, 0.941 with `full`. Pets: val Dice of UNet 0.910 with `full` and 0.897 with `strong`
-    # after 11 epochs, 0.934 with `full` after 265 and 0.937 with `strong` after 232 (a run each)
+    # the longer a run, the stronger the augmentation should be: UNet's val Dice is 0.910 with `full`,
+    # 0.897 with `strong` after 11 epochs; 0.934 with `full` after 265, 0.937 with `strong` after 232
     if config["augment"] is None:
         preset = "flip" if toy else "strong" if config["epochs"] >= 100 else "full"
         config["augment"] = AUGMENT_PRESETS[preset]
@@ -714,8 +713,8 @@ def log_start(folder, config, resumed):
         + ", ".join(f"{name} {config[name]}" for name in ("model", *OPTIONS)))
     load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0, os.cpu_count()
     if config["device"] == "cpu" and config["threads"] > max(1, cores - load + 0.3):
-        log(f"the machine is busy (load {load:.1f}); --threads {max(1, cores - math.ceil(load))} may "
-            "be faster")
+        log(f"the machine is busy (load {load:.1f}); --threads {max(1, cores - math.ceil(load))} "
+            "may be faster")
 
 # the keys of a best.pt and of a last.pt; what zipfile and torch raise at damaged files
 BEST = {"config", "weights", "metrics"}
@@ -762,8 +761,8 @@ def load_weights(model, weights, path):
     them as they are."""
     needed = {name: value.shape for name, value in model.state_dict().items()}
     if needed != {name: getattr(value, "shape", None) for name, value in weights.items()}:
-        raise UserError(f"the weights in {path} are of another model: other type, width, upsampling "
-                        "or number of classes")
+        raise UserError(f"the weights in {path} are of another model: other type, width, "
+                        "upsampling or number of classes")
     if not all_finite(weights):
         raise UserError(f"the weights in {path} are not all finite; take another checkpoint")
     weights = {name: value.float() if value.is_floating_point() else value
@@ -816,15 +815,14 @@ def restore(run, model, ema_model, optimizers, last, folder):
 
 def init_from(model, config):
     """Starts from the weights of a best.pt; where it has other classes, the head stays random."""
-    path = config["init_from"]
-    checkpoint = load_checkpoint(path, BEST)
-    weights, own = checkpoint["weights"], model.state_dict()
-    if checkpoint["config"]["model"] == config["model"] and len(checkpoint["config"]["class_names"]) != len(config["class_names"]):
-        log(f"{path} has other classes, {', '.join(checkpoint['config']['class_names'])}: the head "
-            "starts at random")
-        weights |= {name: own[name] for name in ("head.weight", "head.bias")}
-    load_weights(model, weights, path)
-    config["command"] += f", begun with the weights of {checkpoint['config']['command']}"
+    start = load_checkpoint(config["init_from"], BEST)
+    names = start["config"]["class_names"]
+    if len(names) != len(config["class_names"]):
+        log(f"{config['init_from']} has the classes {', '.join(names)}: the head starts at random")
+        head = {name: model.state_dict()[name] for name in ("head.weight", "head.bias")}
+        start["weights"] |= head
+    load_weights(model, start["weights"], config["init_from"])
+    config["command"] += f", begun with the weights of {start['config']['command']}"
 
 def save_model(path, model, config, history):
     """Writes a best.pt: the weights in half precision, and how they came about. Batch norms stay in
@@ -867,7 +865,7 @@ def load_predictor(args, path):
 
 # --------------------------------------------------------------------------- eval, infer, compare
 def eval_dataset(args, config):
-    """The dataset that --data and --root name, or else that the model was trained on; its config."""
+    """The dataset of --data and --root, or else that the model was trained on; its config."""
     own = config | {"data": args.data or config["data"], "root": args.root or config["root"]}
     if Path(own["data"]).resolve() != Path(config["data"]).resolve():
         own["random_split"] = {}  # that of other data
@@ -927,7 +925,9 @@ def segment_image(predictor, outputs, out, sample, name):
         data.save_image(image, data.output_path(out, name, output))
     row = dict(zip(COLUMNS, (data.escape_nonprintable(str(sample.image)), name, 1 - fractions[0],
                              *box, confidence, dice, iou)))
-    return row | ({f"fraction of {n}": f for n, f in zip(names, fractions)} if len(names) > 2 else {})
+    if len(names) > 2:
+        row |= {f"fraction of {name}": fraction for name, fraction in zip(names, fractions)}
+    return row
 
 def read_predictions(path, outputs):
     """{output name: row} of an earlier predictions.csv, where all files of the row are there."""
@@ -947,7 +947,7 @@ def infer(args):
     if unknown := set(outputs) - data.OUTPUTS.keys():
         raise UserError(f"--save knows {', '.join(data.OUTPUTS)}, not {', '.join(unknown)}")
     if args.images:
-        trimaps = "pet" in predictor.config["class_names"]  # other values are not known by themselves
+        trimaps = "pet" in predictor.config["class_names"]  # other masks do not explain themselves
         samples = [data.Sample(path.stem, path, data.find_ground_truth(path) if trimaps else None,
                                data.TRIMAP_TO_LABEL) for path in data.find_images(args.images)
                    if not data.is_own_output(path, out)]
@@ -1119,9 +1119,9 @@ def export(args):
                                      output_names=["probabilities"])
             onnx.model.metadata_props["petseg.json"] = notes
             file.write(onnx.model_proto.SerializeToString())
-    print_result(args, f"{out}: {config['model']}, input (B, 3, H, W) in 0..1, H and W multiples of "
-                 f"32 from 64 up, trained at {size}; output (B, {predictor.model.head.out_channels},"
-                 " H, W), probabilities", {"out": str(out), **result})
+    print_result(args, f"{out}: {config['model']}, trained at {size}; images (B, 3, H, W) in 0..1, "
+                 "H and W multiples of 32 from 64 up, to probabilities (B, "
+                 f"{predictor.model.head.out_channels}, H, W)", {"out": str(out), **result})
 
 def baseline(config, samples, device):
     """How it is usually done: fp32, contiguous memory, each image read from its file every time and
@@ -1167,8 +1167,8 @@ def ours(config, split, device):
     return step, predict
 
 def measure(args, config, device):
-    """What `bench` asks of a fresh process, --only baseline or petseg: images per second of training
-    and inference, peak memory in GB, multiply-adds per second of a large matrix product."""
+    """What `bench` asks of a fresh process: images per second of training and inference, peak
+    memory in GB, multiply-adds per second of a large matrix product."""
     dataset = load_dataset(config, args.url)
     split = data.to_gpu(open_split(dataset, "train", config), device)
     if args.only == "baseline":
@@ -1240,8 +1240,8 @@ def init_distributed():
         return
     if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and (
             os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1"):
-        raise UserError("--max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun: "
-                        "else a restart waits for processes that are dead")
+        raise UserError("--max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before "
+                        "torchrun: else a restart waits for processes that are dead")
     gpus = torch.cuda.device_count()
     if gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
