@@ -58,9 +58,7 @@ def open_split(dataset, split, size, cache):
     """A split of a dataset at `size`, from the folder `cache`, where the first use decodes it. The
     name there is a hash of sizes and times of all files and of what mask values mean: when any of
     it changes there is a new one."""
-    if split not in dataset.splits:
-        raise UserError(f"{dataset.folder} has no {split} split; eval can take --split val")
-    samples = dataset.splits[split]
+    samples = get_samples(dataset, split)
     stats = [os.stat(path) if path.exists() else None for s in samples for path in s[1:3]]
     facts = [[s and (s.st_size, s.st_mtime_ns) for s in stats], Image.MAX_IMAGE_PIXELS,
              [(s.name, s.classes and [*s.classes.items()]) for s in samples]]
@@ -72,6 +70,12 @@ def open_split(dataset, split, size, cache):
     shape = len(meta["names"]), *size
     return CachedSplit(meta["names"], np.memmap(path / "images", np.uint8, "r", 0, (*shape, 3)),
                        np.memmap(path / "labels", np.uint8, "r", 0, shape), meta["skipped"])
+
+def get_samples(dataset, split):
+    """The samples of a split, if there is such a split."""
+    if split not in dataset.splits:
+        raise UserError(f"{dataset.folder} has no {split} split; eval can take --split val")
+    return dataset.splits[split]
 
 def build_cache(path, samples, size, title):
     """Decodes every sample once, into the files `images` and `labels` of a folder."""
@@ -284,6 +288,7 @@ def read_mask(path, classes):
         if labels is None:
             lines = [f"{format_value(value)} {'void' if value == 255 else f'class{i}'}"
                      for i, value in enumerate(np.unique(values)[:20])]
+            lines[0] = f"{format_value(values.min())} background"
             raise UserError(
                 f"the mask {path} holds {describe_values(values)}; without a classes.txt a mask is "
                 "0 and 1 (255: ignored), or dark and light; a classes.txt to start from, to lie "
@@ -965,7 +970,7 @@ def draw_plot(draw, left, runs, quantity, metric):
         best = max(rows, key=lambda row: row[f"val_{metric}"])
         epoch, value = best["epoch"], best[f"val_{quantity}"]
         draw.circle(to_pixel(epoch, value), 9, "white", colour, 5)
-        text = f"{name[:38]}, best epoch {epoch}: {value:.4f}"
+        text = f"{name[:38]}, " * (len(runs) > 1) + f"best epoch {epoch}: {value:.4f}"
         draw.text((left + 270, y), text, gray, font, anchor="lm")
 
 def draw_curves(path, runs, metric="dice"):

@@ -182,6 +182,7 @@ import subprocess
 import time
 import warnings
 import zipfile
+import zlib
 from datetime import datetime, timedelta
 from types import SimpleNamespace
 
@@ -280,6 +281,8 @@ def train(args):
                           train_images=train_set.names)
     if last:
         restore(run, model, ema_model, optimizers, last, folder)
+    elif rank() == 0:
+        lock_run(folder)
     run.sums, run.counts = run.sums.to(device), run.counts.to(device)
     checkpoint = folder, run, config, model, ema_model, optimizers
     saved = save_last(*checkpoint)  # at once, so that a full disk shows now
@@ -557,7 +560,7 @@ def draw_samples(path, predictor, split, indices):
     truths = torch.where(target == data.IGNORE_INDEX, 0, target).cpu().numpy()
     data.save_image(data.image_grid([
         data.panel(data.to_image(split.images[i]), truth, mask,
-                   f"{split.names[i]}  {main_metric(config)} {score:.3f}", names, side=160)
+                   f"{main_metric(config)} {score:.3f}  {split.names[i]}", names, side=160)
         for i, truth, mask, score in zip(indices, truths, masks.cpu().numpy(), scores)]), path)
 
 def evaluate_and_draw_worst(predictor, split, path):
@@ -626,11 +629,14 @@ def open_run(args, device):
         if run_id == "none":
             run_id = f"{datetime.now():%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
         folder = folder or Path(args.out) / f"{name}-{config['model']}-{run_id}"
-    if data.take_lock(folder, wait=False) is None:
-        raise UserError(f"another process is training in {folder}; stop it, or wait for its end")
     if has_checkpoint(folder):
         return resume_run(folder, typed, device)
     return folder, config | environment_info(device), None
+
+def lock_run(folder):
+    """Keeps other processes from training in a folder for as long as this one lives."""
+    if data.take_lock(folder, wait=False) is None:
+        raise UserError(f"another process is training in {folder}; stop it, or wait for its end")
 
 def has_checkpoint(folder):
     """Whether a folder holds a run to go on with."""
@@ -643,6 +649,7 @@ def typed_options(args):
 
 def resume_run(folder, typed, device):
     """What `open_run` returns for a run that has a checkpoint."""
+    lock_run(folder)
     last = load_last(folder)
     config = {name: default for name, (default, *_) in OPTIONS.items()} | last["config"]
     for name, value in typed.items():
@@ -654,14 +661,14 @@ def resume_run(folder, typed, device):
         if name == "epochs" and value != config["epochs"]:
             config["command"] += f", resumed with --epochs {value}"
         config[name] = value
-    before, now = (config["threads"], config["processes"]), (torch.get_num_threads(), world_size())
+    before = last["config"]["threads"], last["config"]["processes"]
+    now = torch.get_num_threads(), world_size()
     if before != now:
         log("warning: not bit-exact any more, as sums are rounded in another order: the run had "
             "{} threads and {} processes, now {} and {}".format(*before, *now))
     result = folder / "test.json"
     if last["epoch"] > config["epochs"] and result.is_file():
         return folder, None, json.loads(result.read_text())
-    result.unlink(missing_ok=True)
     return folder, config | environment_info(device), last
 
 def resolve_config(typed, device, toy=False):
@@ -676,8 +683,8 @@ def resolve_config(typed, device, toy=False):
         start = load_checkpoint(typed["init_from"], BEST)["config"]
         config |= {name: start[name] for name in ("width", "upsample", "size")}
     config |= {"epochs": 16 if toy and typed["model"] == "unet" else 20, **typed}
-    # the longer a run, the stronger the augmentation should be: UNet's val Dice is 0.910 with `full`,
-    # 0.897 with `strong` after 11 epochs; 0.934 with `full` after 265, 0.937 with `strong` after 232
+    # the longer a run, the stronger the augmentation: val Dice of UNet is 0.910 with `full`, 0.897
+    # with `strong` after 11 epochs; 0.934 with `full` after 265, 0.937 with `strong` after 232
     if config["augment"] is None:
         preset = "flip" if toy else "strong" if config["epochs"] >= 100 else "full"
         config["augment"] = AUGMENT_PRESETS[preset]
@@ -722,7 +729,7 @@ LAST = {"config", "model", "ema", "optimizers", "epoch", "step", "skipped", "sec
         "sums", "counts", "train_images"}
 LOAD_ERRORS = (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, LookupError,
                TypeError, AttributeError, AssertionError, ArithmeticError, EOFError, MemoryError,
-               struct.error)
+               OSError, struct.error, zlib.error)
 
 def save_checkpoint(path, content):
     """Writes a checkpoint so that at any moment the old or the new one is there, complete."""
@@ -751,6 +758,9 @@ def load_checkpoint(path, keys, device="cpu"):
         raise UserError(f"{path} is damaged, or is no checkpoint of petseg")
     if "petseg" in content:
         raise UserError(f"{path} is of an older version of petseg, and cannot be read by this one")
+    if not all(isinstance(content.get(key, {}), dict)
+               for key in ("config", "weights", "metrics", "model", "ema")):
+        raise UserError(f"{path} is damaged, or is no checkpoint of petseg")
     if not keys <= content.keys():
         other = "last.pt" if keys is BEST else "best.pt"
         raise UserError(f"{path} is not the {name} of a run; is it a {other}?")
@@ -767,7 +777,10 @@ def load_weights(model, weights, path):
         raise UserError(f"the weights in {path} are not all finite; take another checkpoint")
     weights = {name: value.float() if value.is_floating_point() else value
                for name, value in weights.items()}
-    model.load_state_dict(weights, assign=model.head.weight.is_meta)
+    try:
+        model.load_state_dict(weights, assign=model.head.weight.is_meta)
+    except RuntimeError as error:
+        raise UserError(f"the weights in {path} cannot be used: {error}") from error
 
 def all_finite(weights):
     """Whether all numbers of a state dict are finite."""
@@ -812,6 +825,8 @@ def restore(run, model, ema_model, optimizers, last, folder):
     for optimizer, state in zip(optimizers, last["optimizers"]):
         optimizer.load_state_dict(state)
     vars(run).update({name: last[name] for name in vars(run)})
+    if rank() == 0:
+        (folder / "test.json").unlink(missing_ok=True)  # it is of fewer epochs
 
 def init_from(model, config):
     """Starts from the weights of a best.pt; where it has other classes, the head stays random."""
@@ -903,10 +918,13 @@ def segment_image(predictor, outputs, out, sample, name):
     """Segments one image and writes its outputs; returns its row of predictions.csv."""
     config, names, labels = predictor.config, predictor.config["class_names"], None
     try:
-        labels = data.read_mask(sample.mask, sample.classes) if sample.mask else None
-    except UserError as error:  # the photo can be segmented all the same
+        if sample.mask:
+            labels = data.read_mask(sample.mask, sample.classes)
+            photo = data.read_image(sample.image, mask_size=labels.shape)
+    except UserError as error:  # the photo may be good without its mask
         log(f"warning: {error}")
-    photo = data.read_image(sample.image, None, None if labels is None else labels.shape)
+        labels = None
+    photo = data.read_image(sample.image) if labels is None else photo
     pixels = torch.from_numpy(data.resize(photo, config["size"])[None]).to(predictor.device)
     probs = layers.probabilities(predictor(data.to_float_nchw(pixels)))[0].cpu().numpy()
     mask, confidence = data.upsample_and_argmax(probs, photo.size[::-1], predictor.threshold)
@@ -986,7 +1004,8 @@ def infer(args):
     n, skipped = len(tasks) - len(failed), len(tasks) - len(todo)
     result = {"out": str(out), "images": n, "skipped": skipped, "failed": failed}
     text = f"{n} image{'s' * (n != 1)}: {out}" + f" ({skipped} were there)" * bool(skipped)
-    if scored := [rows[name] for _, name in tasks if name in rows and rows[name]["dice"]]:
+    if scored := [rows[name] for _, name in tasks
+                  if name in rows and rows[name]["dice"] not in (None, "")]:
         result |= {key: sum(float(row[key]) for row in scored) / len(scored)
                    for key in ("dice", "iou")}
         text += f"\nmean Dice of {len(scored)} with known ground truth: {result['dice']:.4f}"

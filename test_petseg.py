@@ -534,7 +534,6 @@ def test_cache(pets, tmp_path, monkeypatch):
     images, labels = data.get_batch(split, torch.tensor([2, 0]))
     assert np.allclose(images.permute(0, 2, 3, 1) * 255, split.images[[2, 0]], atol=1e-3)
     assert np.array_equal(labels, split.labels[[2, 0]])
-
     path = samples[0].image
     path.write_bytes(bytes(path.stat().st_size))  # damaged, but of the same size and time
     os.utime(path, ns=(times[path], times[path]))
@@ -759,7 +758,9 @@ def test_what_values_of_masks_mean(tmp_path, text, values, expected):
     if isinstance(expected, str) and not text:  # the refusal ends with a classes.txt to start from
         listed.write_text("\n".join(found.splitlines()[1:]))
         labels = data.read_mask(path, data.read_classes(tmp_path)[0])
-        assert np.array_equal(labels[0], np.unique(values[0], axis=0, return_inverse=True)[1])
+        classes = np.unique(values[0], axis=0, return_inverse=True)[1].ravel()
+        void = values[0].reshape(len(classes), -1).min(axis=1) == 255
+        assert np.array_equal(labels[0], np.where(void & (values.ndim == 2), 255, classes))
 
 
 def make_files(folder, *names):
@@ -993,34 +994,30 @@ def test_toys_come_from_their_seed_in_the_layout_of_the_pets(tmp_path):
         assert image.size == trimap.size and {*np.unique(trimap)} == {1, 2, 3}
 
 
-# ---------------------------------------------------------------------- petseg: training and scores
+# ---------------------------------------------------------------------------------------- petseg
 
 SHORT = ("--schedule", "exponential", "--gamma", 0.5, "--save-every", 1)
 WIDTH = {"unet": 2, "resnet34_unet": 8}
+load = partial(petseg.load_predictor, Namespace(device="cpu", threads=None, precision="fp32"))
 
 
 def read_rows(path):
     """The rows of a CSV file as dicts."""
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(path.read_text().splitlines()))
 
 
-def learned(folder):
-    """Each tensor of a run's checkpoints, its pictures, and its metrics except for times."""
-    last, best = (torch.load(folder / name, weights_only=True) for name in ("last.pt", "best.pt"))
-    parts = [last["model"], last["ema"], best["weights"]]
-    parts += [state for each in last["optimizers"] for state in each["state"].values()]
-    tensors = {(i, name): tensor for i, part in enumerate(parts) for name, tensor in part.items()}
-    pictures = [(folder / f"{name}.png").read_bytes() for name in ("curves", "samples", "worst")]
-    rows = read_rows(folder / "metrics.csv")
-    return tensors, pictures, [row | {"seconds": 0, "images_per_second": 0} for row in rows]
-
-
-def assert_same_run(folder, other):
-    """Bit-identical weights and pictures, and the same metrics."""
-    (tensors, *rest), (others, *other_rest) = learned(folder), learned(other)
-    assert rest == other_rest and tensors.keys() == others.keys()
-    assert all(torch.equal(tensor, others[key]) for key, tensor in tensors.items())
+def assert_same_run(*folders):
+    """Two runs have the same weights and pictures bit for bit, and the same metrics."""
+    runs = []
+    for folder in folders:
+        last, best = (torch.load(folder / f"{name}.pt") for name in ("last", "best"))
+        parts = [last["model"], last["ema"], best["weights"]]
+        parts += [state for each in last["optimizers"] for state in each["state"].values()]
+        runs.append(([value.numpy().tobytes() for part in parts for value in part.values()],
+                     [row | {"seconds": 0, "images_per_second": 0}
+                      for row in read_rows(folder / "metrics.csv")],
+                     [(folder / name).read_bytes() for name in ("samples.png", "worst.png")]))
+    assert runs[0] == runs[1]
 
 
 @pytest.fixture(scope="session")
@@ -1051,11 +1048,10 @@ def test_train_and_eval(model, trained, root, tmp_path):
     best = 1 + scores.index(max(scores))
     assert (result["val_dice"], result["epoch"], len(rows)) == (max(scores), best, 2)
     for name, epoch in ("best", best), ("epoch-1", 1), ("epoch-2", 2):
-        checkpoint = torch.load(folder / f"{name}.pt", weights_only=True)
-        config, metrics = checkpoint["config"], checkpoint["metrics"]
+        config, _, metrics = torch.load(folder / f"{name}.pt", weights_only=True).values()
         assert (config["lr"], config["width"], config["size"]) == (0.02, WIDTH[model], (32, 32))
-        assert (metrics["epoch"], metrics["lr"]) == (epoch, 0.02 / epoch)
-        assert metrics["val_dice"] == scores[epoch - 1] and "width" not in metrics
+        assert [metrics[key] for key in ("epoch", "lr", "val_dice", "image_width")] == [
+            epoch, 0.02 / epoch, scores[epoch - 1], 32] and "width" not in metrics
     again = answer("eval", "--ckpt", folder, "--root", root, "--out", tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"test.json", "worst-test.png"}
     names = result.keys() - {"run", "epoch", "val_dice", "seconds"}
@@ -1096,28 +1092,29 @@ def make_own_data(folder, kind, n=20):
 
 
 @pytest.mark.parametrize("kind, options", [
-    ("splits", "--loss dice"), ("two classes", "--ema 0"),
+    ("splits", "--loss dice"), ("two classes", "--ema 0 --progressive 0"),
     ("R G B", "--size 32x48 --loss bce --class-weights inverse"),
     ("Cityscapes", "--schedule plateau --repeat 8")])
 def test_own_data_from_training_to_masks(kind, options, tmp_path):
-    folder, root, names = tmp_path / "own", ("--root", tmp_path / "root"), OWN_DATA[kind][-1]
+    folder, names, words = tmp_path / "own", OWN_DATA[kind][-1], ("--root", tmp_path, "--out")
     labels, metric = make_own_data(folder, kind), "dice" if len(names) == 2 else "mean_iou"
-    result = answer("train", "unet", "--data", folder, *root, "--out", tmp_path, *TINY[2:], "--width",
-                    4, "--batch-size", 4, "--epochs", 3, "--repeat", 4, "--augment", "none",
-                    *options.split())
-    ckpt = ("--ckpt", result["run"], *root, "--out")
-    again = answer("eval", *ckpt, tmp_path / "eval", "--split", result["split"])
+    where = {"before": partial(become, "no fcntl, resource, affinity, load" * (kind == "splits"))}
+    result = answer("train", "unet", "--data", folder, *words, tmp_path / "runs", "--size", 32,
+                    "--width", 4, "--batch-size", 4, "--epochs", 3, "--repeat", 4, "--augment",
+                    "none", *options.split(), **where)
+    words = ("--ckpt", result["run"], *words)
+    again = answer("eval", *words, tmp_path / "eval", "--split", result["split"], **where)
     assert again["images"] == result["images"] > 0 and again[metric] == result[metric] > 0.4
     if kind != "Cityscapes":  # its test split has no labels
-        assert answer("infer", *ckpt, tmp_path / "test")["dice"] > 0.4
-    run("infer", *ckpt, tmp_path / "one", folder / OWN_DATA[kind][0].format(0, "train"))
-    [row], [path] = (read_rows(tmp_path / "one" / "predictions.csv"),
-                     (tmp_path / "one").glob("*_mask.png"))
-    mask, factor = Image.open(path), 255 if len(names) == 2 else 1
+        assert answer("infer", *words, tmp_path / "test", **where)["dice"] > 0.4
+    run("infer", *words, tmp_path / "one", folder / OWN_DATA[kind][0].format(0, "train"))
+    [row] = read_rows(tmp_path / "one" / "predictions.csv")
+    mask = Image.open(tmp_path / "one" / f"{row['output']}_mask.png")
     assert (mask.size, mask.mode) == ((40, 32), "L" if len(names) == 2 else "P")
-    assert (np.asarray(mask) // factor == labels)[labels < 255].mean() > 0.6
+    mask = np.asarray(mask) // (255 if len(names) == 2 else 1)
+    assert (mask == labels)[labels < 255].mean() > 0.6
     for i, name in enumerate(names if len(names) > 2 else ()):
-        assert float(row[f"fraction of {name}"]) == pytest.approx((np.asarray(mask) == i).mean())
+        assert float(row[f"fraction of {name}"]) == pytest.approx((mask == i).mean())
 
 
 def test_a_test_split_may_be_all_ignored(tmp_path):
@@ -1135,73 +1132,41 @@ def test_the_random_split_stays_however_its_folder_is_written(tmp_path):
     run("train", "unet", "--data", "own", "--name", "a", *TINY[2:], "--epochs", 1, **here)
     for name in ("own", "other"):  # a new random split of 60 images would be 6 and 6
         make_own_data(tmp_path / name, "two classes", 60)
-    for folder, images in {"own": 2, "own/": 2, "./own": 2, tmp_path / "own": 2, "other": 6}.items():
-        assert answer("eval", "--ckpt", "runs/a", "--data", folder, **here)["images"] == images
-    assert answer("eval", "--ckpt", "runs/a", **here)["images"] == 2
+    for words, images in (("", 2), ("--data own", 2), ("--data own/", 2), ("--data ./own", 2),
+                          (f"--data {tmp_path}/own", 2), ("--data other", 6)):
+        assert answer("eval", "--ckpt", "runs/a", *words.split(), **here)["images"] == images
 
 
-@pytest.mark.parametrize("options, names", [
-    ("--border class", ["background", "pet", "border"]),
-    ("--classes species --border ignore", ["background", "cat", "dog"])])
-def test_pets_as_several_classes(options, names, trained, root, tmp_path):
-    words = ("--root", root, "--out", tmp_path)
-    result = answer("train", "unet", *TINY, *words, *options.split(), "--epochs", 1)
-    again = answer("eval", "--ckpt", result["run"], *words)
-    assert again["classes"] == result["classes"] and "breeds" not in again
-    assert [row["class"] for row in result["classes"]] == names
-    assert "metrics differ" in refused("compare", result["run"], trained["unet"], *words[2:])
-
-
-def load(path):
-    """The predictor of a best.pt."""
-    return petseg.load_predictor(Namespace(device="cpu", threads=None, precision="fp32"), path)
-
-
-def test_evaluate_counts_each_image_once(trained, toys, tmp_path):
-    split = data.open_split(data.scan_dataset(toys), "test", (32, 32), tmp_path)
-    predictor, losses, dices = load(trained["unet"]), [], []
-    for i in range(10):
-        images, labels = data.get_batch(split, torch.tensor([i]))
-        logits, target = predictor(images), data.labels_to_target(labels)
-        predicted = logits[:, 0] >= 0
-        losses.append(layers.bce_dice_loss(logits, target).item())
-        dices.append(2 * (predicted & (target == 1)).sum() / (predicted.sum() + target.sum()))
+def test_scores_are_of_each_image_once_and_of_the_mean_of_four_views(trained, toys, tmp_path):
+    split = data.open_split(data.scan_dataset(toys), "test", (64, 64), tmp_path)
+    (images, labels), predictor = data.get_batch(split, torch.arange(10)), load(trained["unet"])
+    views, target = [], data.labels_to_target(labels)
+    for side, flip in (64, ()), (64, (3,)), (48, ()), (80, (3,)):
+        view = F.interpolate(data.normalize(images).flip(flip), (side, side), mode="bilinear",
+                             antialias=True)
+        probs = predictor.model(view).sigmoid().flip(flip)
+        views.append(F.interpolate(probs, (64, 64), mode="bilinear"))
+    logits, mask, pet = predictor(images), sum(views)[:, 0] >= 2, target == 1
+    torch.testing.assert_close(logits.sigmoid(), sum(views) / 4, rtol=0, atol=1e-5)
+    dices = (2 * (mask & pet).sum((1, 2)) / (mask.sum((1, 2)) + pet.sum((1, 2)))).tolist()
     for batch_size in (4, 10):
         loss, counts = petseg.evaluate(predictor, split, batch_size=batch_size)
-        assert loss == pytest.approx(sum(losses) / 10, rel=1e-4)
-        assert petseg.image_scores(counts).tolist() == pytest.approx(dices, abs=1e-3)
-        dice = petseg.compute_metrics(counts, TWO)["dice"]
-        assert dice == pytest.approx(sum(dices) / 10, abs=1e-3)
+        assert loss == pytest.approx(layers.bce_dice_loss(logits, target).item(), rel=1e-4)
+        assert petseg.image_scores(counts).tolist() == pytest.approx(dices, abs=2e-3)
     # (true positives, predicted, true) by class: IoU 3/4, 2/6, of none; and an image all ignored
     counts = torch.tensor([[[3, 4, 3], [2, 3, 5], [0, 0, 0]], [[0, 0, 0]] * 3])
     assert petseg.image_scores(counts).tolist() == pytest.approx([(3 / 4 + 2 / 6) / 2, 0])
 
 
-@torch.no_grad()
-def test_test_time_augmentation_averages_probabilities():
-    model, images, views = layers.UNet(width=2).eval(), torch.rand(2, 3, 64, 64), []
-    for side, flip in (64, ()), (64, (3,)), (48, ()), (80, ()):
-        view = data.normalize(images).flip(flip)
-        view = F.interpolate(view, (side, side), mode="bilinear", antialias=True)
-        probs = F.interpolate(model(view).sigmoid(), (64, 64), mode="bilinear")
-        views.append(probs.flip(flip))
-    for tta, expected in (True, sum(views) / 4), (False, views[0]):
-        probs = petseg.Predictor(model, CONFIG, tta=tta)(images).sigmoid()
-        torch.testing.assert_close(probs, expected, rtol=0, atol=1e-5)
-
-
 def test_options_name_what_there_is_and_long_runs_augment_more():
     for toy, epochs, preset in ((True, 300, "flip"), (False, 99, "full"), (False, 100, "strong")):
-        config = petseg.resolve_config({"model": "unet", "epochs": epochs}, torch.device("cpu"), toy)
+        typed = {"model": "unet", "epochs": epochs}
+        config = petseg.resolve_config(typed, torch.device("cpu"), toy)
         assert config["augment"] == petseg.AUGMENT_PRESETS[preset]
-    strengths = [*inspect.signature(data.augment).parameters][5:]
-    for names, table in ((petseg.MODELS, layers.MODELS), (petseg.AUGMENT_BOUNDS, strengths),
-                         (petseg.OPTIONS["loss"][1], layers.LOSSES),
-                         (petseg.OPTIONS["schedule"][1], layers.SCHEDULES)):
-        assert {*names} == {*table}
-
-
-# -------------------------------------------------------------------- petseg: resume and interrupt
+    loss, schedule = petseg.OPTIONS["loss"][1], petseg.OPTIONS["schedule"][1]
+    assert {*petseg.MODELS} == {*layers.MODELS} and {*loss} == {*layers.LOSSES}
+    assert {*schedule} == {*layers.SCHEDULES}
+    assert {*petseg.AUGMENT_BOUNDS} < {*inspect.signature(data.augment).parameters}
 
 
 def become(situation="", **environment):
@@ -1219,20 +1184,16 @@ def become(situation="", **environment):
         del os.getloadavg, os.sched_getaffinity
         del sys.modules["petseg"], sys.modules["layers"], sys.modules["data"]
     elif situation == "only the first training step is finite":
-        real, steps = layers.bce_dice_loss, []
-
-        def loss(logits, *others):
-            steps.extend([1] * logits.requires_grad)
-            return real(logits, *others) * (math.inf if logits.requires_grad and steps[1:] else 1)
-
-        layers.LOSSES["bce_dice"] = loss
+        real, step = layers.bce_dice_loss, iter(range(99))
+        layers.LOSSES["bce_dice"] = lambda logits, *others: real(logits, *others) * (
+            math.inf if logits.requires_grad and next(step) else 1)
 
 
 def test_the_same_command_starts_goes_on_or_says_finished(halfway, trained, root, tmp_path):
     words, folder = halfway
     before = files(folder)
     assert re.search(f"{folder} is finished.*--epochs.*--name", run(*words, "--epochs", 1).stdout)
-    assert answer(*words, "--epochs", 1) == json.loads((folder / "test.json").read_text())
+    assert answer(*words, "--epochs", 1) == json.loads(before["test.json"])
     for option, old, new in (("--lr", "0.02", "0.1"), ("--width", "2", "4"), ("--seed", "0", "1"),
                              ("--loss", "bce_dice", "dice"), ("--dropout", "0.0", "0.5")):
         assert f"begun with {option} {old}, not {new}" in refused(*words, option, new)
@@ -1243,24 +1204,23 @@ def test_the_same_command_starts_goes_on_or_says_finished(halfway, trained, root
     for _ in range(2):  # the second time nothing is left to do
         answer(*words, "--epochs", 2)
     assert_same_run(folder, trained["unet"])
-    assert "1, resumed with --epochs 2\"" in (folder / "config.json").read_text()
+    assert (folder / "config.json").read_text().count("resumed with --epochs 2") == 1
     assert answer(*words[:-1], "new", "--epochs", 1)["run"] == str(folder.with_name("new"))
-    for epochs, threads, change in ((3, 2, "1 threads, now 2"), (4, 1, "2 threads, now 1")):
+    for epochs, threads in (3, 2), (4, 1):  # each time another number than before
         stderr = run(*words, "--epochs", epochs, "--threads", threads,
                      before=partial(become, "a busy machine")).stderr
-        assert ("the machine is busy (load 1.3); --threads 1 may be faster" in stderr) == (threads > 1)
-        assert re.search(f"warning: .*{change}.*not bit-exact", stderr)
+        assert re.search("warning: .*not bit-exact", stderr)
+        assert ("is busy (load 1.3); --threads 1 may be faster" in stderr) == (threads > 1)
 
 
 KILLS = int(os.environ.get("PETSEG_KILLS", 0))  # of the long soak; pytest -k kill runs it
 KILLED = [
-    "unet --dropout 0.3 --border random --schedule plateau --grad-accum 2 --repeat 2 "
-    "--classes species --class-weights inverse",
-    "resnet34_unet --precision bf16 --progressive 0.8 --border random --schedule constant",
+    "unet --dropout 0.3 --border random --grad-accum 2 --classes species --class-weights inverse",
+    "resnet34_unet --precision bf16 --progressive 0.8 --border random --schedule plateau --repeat 2",
     "unet --precision bf16 --optimizer adamw --dropout 0.2 --grad-accum 3 --schedule exponential",
     "resnet34_unet --optimizer adam --ema 0 --schedule inverse_sqrt --border ignore",
     "resnet34_unet --dropout 0.5 --border class --grad-accum 2 --grad-checkpoint --grad-clip 0",
-    "unet --upsample bilinear --repeat 2 --augment strong --augment-prob 0.5 --ema 0.9 --loss dice",
+    "unet --upsample bilinear --augment strong --augment-prob 0.5 --ema 0.9 --loss dice",
 ]
 
 
@@ -1285,24 +1245,23 @@ def test_killed_at_random_moments_and_resumed_equals_undisturbed(options, root, 
     assert not list(folder.glob(".part-*"))
 
 
-@pytest.mark.parametrize("signum, code, program", [
-    (signal.SIGINT, 130, "./run.sh"), (signal.SIGTERM, 143, "")])
-def test_stopped_saves_says_how_to_go_on_and_equals_undisturbed(signum, code, program, root,
-                                                                tmp_path):
+def test_stopped_saves_says_how_to_go_on_and_equals_undisturbed(root, tmp_path):
     words = ("train", "unet", *TINY, "--root", root, "--epochs", 3, "--batch-size", 2, "--out")
     undisturbed = Path(answer(*words, tmp_path / "undisturbed")["run"])
-    with start(*words, tmp_path / "a b", before=partial(become, PETSEG_PROGRAM=program)) as child:
-        assert said_until(child, "epoch 1/3  32×32")
-        [folder] = (tmp_path / "a b").iterdir()
-        assert "another process" in refused("train", "--resume", folder)
-        os.kill(child.pid, signum)
-    assert child.exitcode == code and len(read_rows(folder / "metrics.csv")) < 3
-    command = child.stderr.splitlines()[-1].partition(f" {program or f'python {PROGRAM}'} ")[2]
-    run(*shlex.split(command))
-    assert_same_run(folder, undisturbed)
+    for signum, code, program in (signal.SIGINT, 130, "./run.sh"), (signal.SIGTERM, 143, ""):
+        out, before = tmp_path / f"a {signum}", partial(become, PETSEG_PROGRAM=program)
+        with start(*words, out, before=before) as child:
+            assert said_until(child, "epoch 1/3  32×32")
+            [folder] = out.iterdir()
+            assert "another process" in refused("train", "--resume", folder)
+            os.kill(child.pid, signum)
+        assert child.exitcode == code and len(read_rows(folder / "metrics.csv")) < 3
+        command = child.stderr.splitlines()[-1].partition(f" {program or f'python {PROGRAM}'} ")[2]
+        run(*shlex.split(command))
+        assert_same_run(folder, undisturbed)
 
 
-def make_infinite(path, part, name):
+def make_infinite(part, name, path):
     """Makes one number of a last.pt infinite."""
     last = torch.load(path, weights_only=True)
     last[part][name].view(-1)[0] = math.inf
@@ -1313,8 +1272,8 @@ def make_infinite(path, part, name):
     (lambda path: os.truncate(path, path.stat().st_size // 2), "", "warning: .*last.pt"),
     (lambda path: path.unlink(), "", "warning: .*last.pt"),
     (lambda path: path.rename(path.with_name("next.pt")), "", "warning: .*last.pt"),
-    (partial(make_infinite, part="model", name="head.weight"), "", "last.pt.*finite"),
-    (partial(make_infinite, part="ema", name="encoder.0.0.bn.running_var"), "", "last.pt.*finite"),
+    (partial(make_infinite, "model", "head.weight"), "", "last.pt.*finite"),
+    (partial(make_infinite, "ema", "encoder.0.0.bn.running_var"), "", "last.pt.*finite"),
     (nothing, "a full disk", "petseg: .*make room"),
     (lambda path: path.parent.chmod(0o555), "no more right than others to write",
      "petseg: Permission denied: {}.*--out")],
@@ -1343,8 +1302,8 @@ def test_extreme_numbers_train_or_stop_with_advice(options, diverges, root, tmp_
     words = ("train", *TINY, *options.split(), "--precision", "fp32", "--epochs", 2, "--root", root,
              "--out", tmp_path, "--name", "a")
     for _ in range(2):  # the second time from the last good checkpoint
-        line = run(*words, code=2 * diverges).stderr.splitlines()[-1]
-        assert not diverges or re.search("^petseg: .*(nan|inf).*good checkpoint is kept.*--lr", line)
+        stderr = run(*words, code=2 * diverges).stderr
+        assert not diverges or re.search("petseg: .*(nan|inf).*good checkpoint is kept.*--lr", stderr)
         last = torch.load(tmp_path / "a" / "last.pt", weights_only=True)
         tensors = [*last["model"].values(), *last["ema"].values()]
         assert all(tensor.isfinite().all() for tensor in tensors)
@@ -1367,57 +1326,46 @@ def test_a_step_with_infinite_gradients_is_skipped_and_counted(root, tmp_path):
 
 def test_init_from_takes_all_weights_but_a_head_of_other_classes(trained, root, tmp_path):
     best = shutil.copy(trained["unet"] / "best.pt", tmp_path)
-    given = torch.load(best, weights_only=True)
+    given, words = torch.load(best, weights_only=True), ("--root", root, "--out", tmp_path)
     for options, other in ("", "running|tracked"), ("--classes species", "running|tracked|head"):
-        done = run("train", "unet", "--init-from", best, "--data", "toy", "--root", root, "--out",
-                   tmp_path, "--lr", 0, "--ema", 0, "--epochs", 1, "--json", *options.split())
-        assert ("the head starts at random" in done.stderr) == ("head" in other)
-        folder = Path(json.loads(done.stdout)["run"])
-        last = torch.load(folder / "last.pt", weights_only=True)
-        assert (last["config"]["width"], last["config"]["size"]) == (2, (32, 32))
-        assert last["config"]["command"].endswith(f"weights of {given['config']['command']}")
+        done = run("train", "unet", "--init-from", best, "--data", "toy", *words, "--lr", 0, "--ema",
+                   0, "--epochs", 1, "--json", *options.split())  # nothing is learned
+        assert ("the head starts at random" in done.stderr) == bool(options)
+        result = json.loads(done.stdout)
+        last = torch.load(Path(result["run"], "last.pt"), weights_only=True)
         assert all(torch.equal(last["model"][name], weight.float())
                    for name, weight in given["weights"].items() if not re.search(other, name))
+    assert [row["class"] for row in result["classes"]] == ["background", "cat", "dog"]
+    assert "metrics differ" in refused("compare", result["run"], trained["unet"], *words[2:])
     os.remove(best)  # a resumed run has no need of it
-    run("train", "--resume", folder, "--epochs", 2)
+    run("train", "--resume", result["run"], "--epochs", 2)
 
 
-# ------------------------------------------------------------------------ petseg: several processes
-
-
-def save_gradients(folder, number, processes):
-    """Saves the gradients of a training step in one of several processes, and what it returns."""
+def step_gradients(folder, number, processes):
+    """What a training step returns in one of several processes, and the gradients."""
     store = dist.FileStore(str(folder / f"store of {processes}"), processes)
     dist.init_process_group("gloo", store=store, rank=number, world_size=processes)
     torch.manual_seed(0)
-    model, stay = layers.UNet(width=2), Namespace(step=nothing, zero_grad=nothing)
-    for module in model.modules():
-        if hasattr(module, "bn"):
-            module.bn = nn.Identity()
+    model, stay = nn.Conv2d(3, 1, 3, padding=1), Namespace(step=nothing, zero_grad=nothing)
     noise = np.random.default_rng(0).integers(0, 256, (9, 32, 32, 4)).astype(np.uint8)
     split = data.CachedSplit([*"abcdefghi"], noise[..., :3], noise[..., 3] % 2, [])
     result = petseg.train_step(CONFIG | {"batch_size": 3, "grad_clip": 0},
                                nn.parallel.DistributedDataParallel(model), [stay], split,
                                torch.tensor([8, 1, 7, 2, 6, 3, 5]), 1, 0)
-    torch.save([*result, *(p.grad for p in model.parameters())], folder / f"{number}{processes}")
+    return [value.numpy() for value in (*result, *(p.grad for p in model.parameters()))]
 
 
 def test_two_processes_find_the_gradients_of_one(tmp_path):
-    children = [FORKS.Process(target=save_gradients, args=(tmp_path, *numbers))
-                for numbers in ((0, 1), (0, 2), (1, 2))]
-    for child in children:
-        child.start()
-    for child in children:
-        child.join()
+    places = [(tmp_path, 0, 1), (tmp_path, 0, 2), (tmp_path, 1, 2)]
+    with FORKS.Pool(3, maxtasksperchild=1) as pool:
+        one, *two = pool.starmap(step_gradients, places, chunksize=1)
     # in batches of 3, 3 and 1: the last has none for the second process
-    one, first, second = (torch.load(tmp_path / name) for name in ("01", "02", "12"))
-    assert one[0][1] == 7 and any(gradient.any() for gradient in one[2:])
-    torch.testing.assert_close([first, second], [one, one], rtol=1e-5, atol=1e-5)
+    assert one[0][1] == 7 and one[2].any()
+    torch.testing.assert_close(two, [one, one], rtol=1e-5, atol=1e-5)
 
 
 def run_by_two(*words, between=nothing, code=0):
-    """One command in two processes, as torchrun starts them; in the meantime `between` is called
-    with both. Returns the first; the second is silent, except for errors."""
+    """The first of two processes that run one command as torchrun starts it; the other is silent."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
     first, second = (start(*words, before=partial(
@@ -1428,14 +1376,6 @@ def run_by_two(*words, between=nothing, code=0):
     assert (first.exitcode, second.exitcode) == (code, code), (first.stderr, second.stderr)
     assert second.stdout == "" and (code == 2 or second.stderr == "")
     return first
-
-
-def test_two_processes_score_as_one_and_do_not_infer(trained, root, tmp_path):
-    words = ("--ckpt", trained["unet"], "--root", root, "--out")
-    run("eval", *words, tmp_path / "one")
-    run_by_two("eval", *words, tmp_path / "two")
-    assert files(tmp_path / "one") == files(tmp_path / "two")
-    assert "leave out torchrun" in run_by_two("infer", *words, tmp_path / "three", code=2).stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds torchrun's workers in /proc")
@@ -1467,15 +1407,11 @@ def test_two_processes_stopped_or_killed_equal_undisturbed(root, tmp_path):
     assert launcher.returncode == 0 and "resuming" in rest and "Traceback" not in rest
     assert_same_run(tmp_path / "killed", undisturbed)
 
-
-# ------------------------------------------------------------------- petseg: infer, and the others
-
-
-def save_photo(path, width=300, height=7):
-    """Writes a photo, red on the left and blue on the right."""
-    photo = Image.new("RGB", (width, height), (200, 30, 30))
-    photo.paste((30, 30, 200), (width // 2, 0, width, height))
-    photo.save(path)
+    words = ("--ckpt", undisturbed, "--root", root, "--out")
+    run("eval", *words, tmp_path / "one")
+    run_by_two("eval", *words, tmp_path / "two")
+    assert files(tmp_path / "one") == files(tmp_path / "two")
+    assert "leave out torchrun" in run_by_two("infer", *words, tmp_path / "three", code=2).stderr
 
 
 def test_infer_takes_images_of_any_kind_and_names_the_broken(trained, pets, tmp_path):
@@ -1484,52 +1420,42 @@ def test_infer_takes_images_of_any_kind_and_names_the_broken(trained, pets, tmp_
     (folder / "deep" / "loop").symlink_to(folder)
     for name in (b"a b.png", b"two\nlines.tif", b"-dash.bmp", b"Cat.png", b"deep/cat.jpg",
                  b"\xff.png", b"x" * 251 + b".gif", b"x" * 250 + b"y.png"):
-        save_photo(folder / os.fsdecode(name))
-    for name, content in {"cut.jpg": (folder / "deep" / "cat.jpg").read_bytes()[:-99],
-                          "empty.png": b"", "text\n.jpg": b"no image"}.items():
-        (folder / name).write_bytes(content)
+        Image.linear_gradient("L").resize((300, 7)).save(folder / os.fsdecode(name))
+    (folder / "cut.jpg").write_bytes((folder / "deep" / "cat.jpg").read_bytes()[:-99])
+    (folder / "text\n.jpg").write_bytes(b"no image")
     known, *damaged = data.scan_dataset(pets).splits["val"]  # a damaged trimap does not stop it
     damaged[0].mask.write_text("text")
     Image.new("L", (9, 9), 1).save(damaged[1].mask)
     Image.open(damaged[2].mask).point(lambda value: 9).save(damaged[2].mask)
     photos = [sample.image for sample in (known, *damaged)]
-    done = run("infer", "--ckpt", trained["unet"], "--json", "--save", "mask,overlay,cutout,panel",
-               "--out", out, *photos, "--", "-dash.bmp", ".", code=2,
+    words = ("infer", "--ckpt", trained["unet"], *photos, "--json", "--save")
+    done = run(*words, "mask,overlay,cutout,panel", "--out", out, "--", "-dash.bmp", ".", code=2,
                before=partial(os.chdir, folder))
     result, rows = json.loads(done.stdout), read_rows(out / "predictions.csv")
-    assert "\npetseg: 3 of 16 images could not be read:\n  " in done.stderr
-    for name in ("cut.jpg", "empty.png", r"text\n.jpg"):
-        assert f"\n  {name}: " in done.stderr and any(name in line for line in result["failed"])
-    assert all(f"{sample.mask}" in done.stderr for sample in damaged)
-    assert len((out / "predictions.csv").read_text().splitlines()) == 14 == 1 + result["images"]
+    assert re.search(r"\npetseg: 2 of 15 images .*:\n  cut.jpg: .*\n  text\\n.jpg: ", done.stderr)
+    assert len(result["failed"]) == 2 and len(rows) == result["images"] == 13
+    assert all(re.search(f"warning: .*{sample.name}", done.stderr) for sample in damaged)
     sizes = {photo.stem: Image.open(photo).size for photo in photos} | dict.fromkeys(
         ("-dash", "-dash-2", "Cat", "a b", "cat-2", r"two\nlines", "x" * 200, "x" * 200 + "-2",
          r"\udcff"), (300, 7))
-    assert {row["output"] for row in rows} == sizes.keys()
     outputs = {"mask.png": "L", "overlay.jpg": "RGB", "cutout.png": "RGBA", "panel.jpg": "RGB"}
     assert {path.name for path in out.iterdir()} == {"predictions.csv"} | {
         f"{name}_{output}" for name in sizes for output in outputs}
     for row in rows:
         images = [Image.open(out / f"{row['output']}_{output}") for output in outputs]
         assert [image.mode for image in images] == [*outputs.values()]
-        assert [image.size for image in images[:3]] == [sizes[row["output"]]] * 3
+        assert {image.size for image in images[:3]} == {sizes[row["output"]]}
         assert float(row["fraction"]) == pytest.approx((np.asarray(images[0]) == 255).mean())
         assert [row[side] for side in ("left", "top", "right", "bottom")] == [
             *map(str, images[0].getbbox() or [""] * 4)]
         assert bool(row["dice"]) == (row["output"] == known.name)
-
-
-def test_a_mask_does_not_depend_on_neighbours_or_order(trained, toys, tmp_path):
-    photos, masks = sorted((toys / "images").iterdir())[:9], []
-    for i, images in enumerate((photos, photos[::-1], photos[4:5])):
-        run("infer", "--ckpt", trained["unet"], *images, "--save", "mask", "--out", tmp_path / str(i))
-        masks.append({path.name: path.read_bytes() for path in tmp_path.glob(f"{i}/*.png")})
-    assert masks[0] == masks[1] and len(set(masks[0].values())) > 1
-    assert masks[2].items() <= masks[0].items() and len(masks[2]) == 1
+    run(*words, "mask", "--out", tmp_path / "fewer")
+    for path in tmp_path.glob("fewer/*_mask.png"):  # a mask does not depend on other images
+        assert path.read_bytes() == (out / path.name).read_bytes()
 
 
 def test_infer_is_stopped_and_does_the_rest(trained, toys, tmp_path):
-    photos, out, table = tmp_path / "photos", tmp_path / "out", tmp_path / "out" / "predictions.csv"
+    photos, out = tmp_path / "photos", tmp_path / "out"
     for i in range(4):
         shutil.copytree(toys / "images", photos / str(i), copy_function=os.link)
     words = ["infer", "--ckpt", trained["unet"], photos, "--out", out, "--save", "mask", "--no-tta"]
@@ -1538,32 +1464,32 @@ def test_infer_is_stopped_and_does_the_rest(trained, toys, tmp_path):
             time.sleep(0.01)
         os.kill(child.pid, signal.SIGINT)
     assert child.exitcode == 130 and "--skip-existing" in child.stderr.splitlines()[-1]
-    first = {row["output"]: row for row in read_rows(table)}
+    first = {row["output"]: row for row in read_rows(out / "predictions.csv")}
     assert 0 < len(first) < 200 and not list(out.glob(".part-*"))
     removed, *others = [out / f"{name}_mask.png" for name in first]
     removed.unlink()
     times = [path.stat().st_mtime_ns for path in others]
     result = answer(*words, "--skip-existing")
-    assert (result["images"], result["skipped"]) == (200, len(first) - 1) and removed.exists()
+    assert (result["images"], result["skipped"]) == (200, len(others))
     assert times == [path.stat().st_mtime_ns for path in others]
-    rows = {row["output"]: row for row in read_rows(table)}
+    rows = {row["output"]: row for row in read_rows(out / "predictions.csv")}
     assert len(rows) == len(list(out.glob("*_mask.png"))) == 200 and first.items() <= rows.items()
     words[3] = shutil.copy(photos / "0" / removed.name.replace("_mask.png", ".jpg"), tmp_path)
     assert answer(*words, "--skip-existing")["skipped"] == 0  # another file of the same name
-    table.write_text("file,output\n1,2\n")
+    (out / "predictions.csv").write_text("file,output\n1,2\n")
     assert "predictions.csv" in refused(*words, "--skip-existing")
 
 
 def test_infer_leaves_out_its_own_outputs_and_holds_few_bytes_a_pixel(trained, tmp_path):
     words, peaks = ("infer", "--ckpt", trained["unet"], tmp_path, "--out"), []
     for name, side in ("photo.png", 40), ("a_mask.png", 4000):
-        save_photo(tmp_path / name, side, side)
+        Image.linear_gradient("L").resize((side, side)).convert("RGB").save(tmp_path / name)
         peaks.append(int(run(*words, tmp_path / "out").peak))
     assert (peaks[1] - peaks[0]) * (1 if sys.platform == "darwin" else 1024) < 23 * 4000 * 4000
-    assert answer(*words, tmp_path / "out")["images"] == 2
+    done = run(*words, tmp_path / "out", "--max-pixels", 15_999_999, "--json", code=2)
+    assert json.loads(done.stdout)["images"] == 1
+    assert re.search("a_mask.png has more than 15,999,999 pixels.*--max-pixels", done.stderr)
     assert answer(*words, tmp_path / "more")["images"] == 8  # elsewhere the name may be a photo's
-    line = refused(*words, tmp_path / "out", "--max-pixels", 15_999_999)
-    assert re.search("a_mask.png has more than 15,999,999 pixels.*--max-pixels", line)
 
 
 @pytest.mark.parametrize("threshold", [0, 1])
@@ -1594,40 +1520,26 @@ def test_compare_keeps_runs_apart(trained, tmp_path):
     for row, folder in zip(answer(*words)["runs"], words[1:4], strict=True):
         assert row["test_dice"] == json.loads((folder / "test.json").read_text())["dice"]
         assert row["run"] == folder.name and f"\n{folder.name} " in table
-    assert Image.open(tmp_path / "a.png").width == 1200
     (folders[0] / "config.json").write_text('{"model": "unet", "labels": []}')
     assert "older version" in refused(*words)
 
 
-def test_data_check(pets):
-    result, samples = answer("data", "check", "--data", pets), data.scan_dataset(pets).splits["test"]
-    assert [row["images"] for row in result["splits"]] == [36, 4, 10]
-    assert sum(row["val"] for row in result["fractions"]) == pytest.approx(1)
-    samples[2].image.write_bytes(b"damaged")
-    for words, expected in (((), f"1 images of .*\n  .*{samples[2].image.name}"),
-                            (("--max-pixels", 99), "50 images of .*\n  .*--max-pixels")):
-        assert re.search(expected, refused("data", "check", "--data", pets, *words))
-
-
 def test_without_the_pets_auto_takes_the_toys(toys, tmp_path):
     shutil.copytree(toys, tmp_path / data.TOYS)
-    with http.server.HTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler) as mirror:
-        threading.Thread(target=mirror.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{mirror.server_port}/"  # where there are no pets
-        words = ("train", "unet", *TINY[2:], "--root", tmp_path, "--url", url, "--out", tmp_path)
-        assert url in refused(*words, "--data", "pets")
-        lines = run(*words, "--epochs", 1).stderr.splitlines()
-        mirror.shutdown()
+    (tmp_path / "images.tar.gz").write_bytes(b"damaged")  # in the folder that is the mirror
+    words = ("train", "unet", *TINY[2:], "--root", tmp_path, "--url", tmp_path.as_uri(), "--out",
+             tmp_path, "--epochs", 1)
+    assert "checksum" in refused(*words, "--data", "pets")
+    lines = run(*words).stderr.splitlines()
     assert [line[:4] for line in lines[:3]] == ["!!! "] * 3 and list(tmp_path.glob("toy-unet-*"))
 
 
 def test_summary_and_bench(root):
-    for model, macs in (("unet", 64 * 3 * 9 * 256**2), ("resnet34_unet", 64 * 3 * 49 * 128**2)):
+    for model, parameters, first in (("unet", 31_037_633, 64 * 3 * 9 * 256**2),
+                                     ("resnet34_unet", 24_451_585, 64 * 3 * 49 * 128**2)):
         table = answer("summary", model)
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in layers.MODELS[model]().parameters())
         assert sum(row["parameters"] for row in table["layers"]) == table["parameters"] == parameters
-        assert table["layers"][0]["multiply_adds"] == macs
+        assert table["layers"][0]["multiply_adds"] == first
     result = answer("bench", "unet", "--root", root, *TINY, "--batch-size", 2, "--rounds", 1)
     baseline, ours = result["baseline"], result["petseg"]
     assert all(min(baseline[name], ours[name]) > 0 for name in ("train", "infer", "memory"))
@@ -1652,7 +1564,7 @@ def test_a_saved_and_an_exported_model_predict_as_before(tmp_path):
         if "running_var" in name or "bn.weight" in name:  # as after a long run, variances are large
             value.uniform_(*((1e5, 2e5) if "var" in name else (200, 400)))
     petseg.save_model(best, model, config, [{"epoch": 1, "seconds": 1.0}])
-    done, words = run("export", "--ckpt", best, "--out", path, "--json"), ("export", "--ckpt", best)
+    done = run("export", "--ckpt", best, "--out", path, "--json")
     assert not done.stderr and list(path.parent.iterdir()) == [path]
     images = [torch.rand(shape) for shape in ((1, 3, 64, 64), (5, 3, 64, 160), (3, 3, 128, 96))]
     torch.save(images, path.parent / "images.pt")
@@ -1660,7 +1572,6 @@ def test_a_saved_and_an_exported_model_predict_as_before(tmp_path):
                            capture_output=True)
     notes = json.loads(there.stdout)  # and no module of petseg was named before it
     assert notes["class_names"] == names and notes["mean"] == [*data.MEAN]
-    assert json.loads(done.stdout).items() <= {"out": str(path), **notes}.items()
     before, after = petseg.Predictor(model, config, tta=False), load(best)
     after.tta = False
     for x, exported in zip(images, torch.load(path.parent / "probs.pt"), strict=True):
@@ -1680,18 +1591,6 @@ def test_help_comes_without_torch(words):
     assert "torch" not in done.stderr and "argparse" in done.stderr
 
 
-def test_any_system_trains_evaluates_and_infers(root, tmp_path):
-    words = ("--root", root, "--out", tmp_path)
-    there = {"before": partial(become, "no fcntl, resource, affinity, load")}
-    folder = answer("train", "unet", *TINY, *words, "--epochs", 1, **there)["run"]
-    for command in ("eval", "infer"):
-        assert answer(command, "--ckpt", folder, *words, **there)["images"] == 10
-    run("train", "--resume", folder, "--epochs", 2, **there)
-
-
-# ------------------------------------------------------------------------- petseg: what is refused
-
-
 def test_hostile_checkpoints_are_refused_at_once(trained, tmp_path):
     class Code:
         def __reduce__(self):  # reading it back would make a folder
@@ -1703,15 +1602,13 @@ def test_hostile_checkpoints_are_refused_at_once(trained, tmp_path):
     contents = [{"petseg": 1}, {"config": 3}, {"weights": torch.zeros(3)}, {"weights": Code()},
                 {"weights": {}}, {"weights": weights | {"more": torch.ones(3)}}]
     contents += [{"weights": weights | {name: value}} for value in (
-        torch.zeros(1).expand(10**12), torch.zeros(3), "text", weights[name] * math.nan,
-        weights[name].long())]
+        torch.zeros(1).expand(10**12), "text", weights[name] * math.nan, weights[name].long())]
     contents += [{"config": config | change} for change in (
         {"width": 10**6}, {"width": 2**40}, {"width": -1}, {"model": "vgg"}, {"upsample": "no"},
-        {"size": (0, 0)}, {"size": "ab"}, {"class_names": []}, {"class_names": ["pet"] * 10**5},
-        {"random_split": []}, {"dropout": 2.0})]
+        {"size": (0, 0)}, {"class_names": []}, {"class_names": ["pet"] * 10**5}, {"dropout": 2.0})]
     for i, content in enumerate(contents):
         petseg.save_checkpoint(tmp_path / f"{i}.pt", good | content)
-    for i, content in enumerate((b"hello", b"", bytes(10**7), best[:-5000], best[5000:])):
+    for i, content in enumerate((b"text", b"", bytes(10**7), best[:-5000], best[5000:])):
         (tmp_path / f"{i}.bin").write_bytes(content)
     with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb:
         with zipfile.ZipFile(io.BytesIO(best)) as archive:
@@ -1729,10 +1626,10 @@ def test_hostile_checkpoints_are_refused_at_once(trained, tmp_path):
 def test_no_bit_of_a_checkpoint_flips_unseen(trained, tmp_path):
     content, good = (trained["unet"] / "best.pt").read_bytes(), load(trained["unet"])
     entry, rng = content.rindex(b"PK\x01\x02"), np.random.default_rng(0)
-    places = [(place, rng.integers(8)) for place in rng.integers(len(content), size=150)]
-    # the archive's list of files, from its last entry on: there, whether it is compressed, a folder
-    places += [(place, rng.integers(8)) for place in range(entry, len(content))]
-    for place, bit in [*places, (entry + 10, 3), (entry + 38, 4)]:
+    # anywhere, and in the archive's list of files: its last entry, if it is compressed or a folder
+    places = [(entry + 10, 3), (entry + 38, 4)] + [(place, rng.integers(8)) for place in (
+        *rng.integers(len(content), size=150), *range(entry, len(content)))]
+    for place, bit in places:
         flipped = bytearray(content)
         flipped[place] ^= 1 << bit
         (tmp_path / "flipped.pt").write_bytes(flipped)
@@ -1748,33 +1645,26 @@ def test_no_bit_of_a_checkpoint_flips_unseen(trained, tmp_path):
     ("train unet --size 31", "31.*./run.sh train -h"),
     ("train unet --size 64,96", "256x512, not '64,96'"),
     ("train unet --augment swirl=1", "none, flip, full, strong.*rotate.*swirl"),
-    ("train unet --augment flip=1,rotate=999", "180.*999"),
-    ("train unet --data {folder}/own --compile --grad-checkpoint", "--compile and --grad-check"),
-    ("train unet --data {folder}/nowhere", "no folder.*nowhere"),
-    ("train unet --data {folder}/own", "0.png holds.*\n.*0 0 0 background\n.*64 0 128 class"),
-    ("train unet --data {folder}/own --classes species", "--classes species is for.*the pets"),
-    ("train unet --data {folder}/no-test --width 99999", "memory.*--width"),
-    ("train unet --data {folder}/no-test --init-from {run} --width 3", "of another model"),
-    ("train resnet34_unet --data {folder}/no-test --width 4", "--width .* must be 8 or more"),
-    ("train --resume {folder}/empty", "empty has no last.pt.*--init-from"),
-    ("eval --ckpt {run} --data {folder}/no-test", "no test split.*--split val"),
+    ("train unet {toys} --compile --grad-checkpoint", "--compile and --grad-checkpoint"),
+    ("train unet --data {folder}/own --root {folder}", "png holds(.|\n)*\n  64 0 128 class"),
+    ("train unet {toys} --size 32 --width 99999", "memory.*--width"),
+    ("train unet {toys} --init-from {run} --width 3", "of another model"),
+    ("train resnet34_unet {toys} --width 4", "--width .* must be 8 or more"),
+    ("train --resume {folder}", "has no last.pt.*--init-from"),
     ("eval --ckpt {run} --threshold 2", "threshold.*0 to 1"),
     ("eval --ckpt {run}/last.pt", "not the best.pt of a run.*last.pt"),
     ("infer --ckpt {folder}/nowhere.pt {folder}", "no checkpoint.*nowhere.pt"),
     ("infer --ckpt {run} {folder}/nowhere", "no file or folder.*nowhere"),
     ("infer --ckpt {run} {folder} --save drawing", "mask, overlay, cutout, panel, not drawing"),
-    ("compare {folder}/empty", "empty is no run"),
+    ("compare {folder}/own", "own is no run"),
     ("data check --root {folder}", "./run.sh data get"),
+    ("data check {toys} --max-pixels 99", "50 images .*\n  .*--max-pixels"),
     ("export --ckpt {folder}/nowhere.pt", "out must end in.*pt2.*onnx")])
-def test_what_a_user_gets_wrong(words, expected, trained, pets, tmp_path):
-    (tmp_path / "empty").mkdir()
-    (pets / "annotations" / "test.txt").unlink()
-    pets.rename(tmp_path / "no-test")
+def test_what_a_user_gets_wrong(words, expected, trained, root, tmp_path):
     make_own_data(tmp_path / "own", "R G B", 3)
     (tmp_path / "own" / "classes.txt").unlink()
-    words = words.format(folder=tmp_path, run=trained["unet"]).split()
-    words += ["--out", tmp_path / "out"] if words[0] != "data" else []
-    words += ["--root", tmp_path / "root"] if words[0] in ("train", "eval") else []
+    words = words.format(folder=tmp_path, run=trained["unet"], toys=f"--data toy --root {root}")
+    out = () if words.startswith("data") else ("--out", tmp_path / "out")
     before = partial(become, PETSEG_PROGRAM="./run.sh")
-    assert re.search(expected, refused(*words, before=before))
-    assert not (tmp_path / "out").exists()
+    assert re.search(expected, refused(*words.split(), *out, before=before))
+    assert not [*tmp_path.glob("out/*")]
