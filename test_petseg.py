@@ -1,17 +1,12 @@
-"""test_petseg.py: what petseg promises, in the order of its modules: layers, data, petseg.
-
-Expected numbers come from the formula, written again here as slowly and plainly as possible, or
-were worked out by hand. Nothing here needs a network, a GPU, or a fast machine.
-"""
+"""What petseg promises, in the order of its modules: layers, data, petseg. Expected numbers come
+from the formula, written again as plainly as possible, or were worked out by hand. Nothing here
+needs a network, a GPU, or a fast machine."""
 import copy
 import csv
 import ctypes
-import errno
-import gzip
 import hashlib
 import http.server
 import importlib.util
-import inspect
 import io
 import json
 import math
@@ -34,7 +29,7 @@ import time
 import zipfile
 import zlib
 from argparse import Namespace
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -51,36 +46,27 @@ import data
 import layers
 import petseg
 
-# networks this small gain nothing from a second thread, and lose much where the cores are shared
-torch.set_num_threads(1)
-os.environ |= {"OMP_NUM_THREADS": "1", "no_proxy": "127.0.0.1"}
-pytestmark = pytest.mark.filterwarnings("ignore::Warning:PIL")  # pytest resets what data.py sets
 PROGRAM = Path(__file__).with_name("petseg.py")
+torch.set_num_threads(1)  # models this small gain nothing from a second one
+os.environ |= {"OMP_NUM_THREADS": "1", "no_proxy": "127.0.0.1", "PYTHONPATH": str(PROGRAM.parent)}
+pytestmark = pytest.mark.filterwarnings("ignore::Warning:PIL")  # pytest resets what data.py sets
 MODELS = [layers.UNet, layers.ResNet34UNet]
 TWO = ["background", "pet"]
 TINY = ("--data", "toy", "--size", 32, "--width", 2)
-TINY_RESNET = (*TINY[:-1], 8)  # fewer channels are refused
-CONFIG = {name: default for name, (default, *_) in petseg.OPTIONS.items()} | {  # of a tiny model
-    "model": "unet", "width": 2, "size": (32, 32), "class_names": TWO, "random_split": {},
-    "command": "train", "precision": "fp32", "augment": {}, "lr": 0.02, "epochs": 1,
-    "batch_size": 4, "threads": 1, "data": "toy"}
-
+CONFIG = petseg.resolve_config(  # of a tiny model
+    {"model": "unet", "width": 2, "size": (32, 32), "epochs": 1, "batch_size": 4, "augment": {},
+     "precision": "fp32"}, torch.device("cpu")) | {"class_names": TWO}
+# a process that has imported torch makes copies of itself: a command then starts two seconds sooner
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["test_petseg"])
 
 def nothing(*_):
     """Does nothing."""
 
-
-# a process that has imported torch makes copies of itself: a command then starts two seconds sooner
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["test_petseg"])
-os.environ["PYTHONPATH"] = str(PROGRAM.parent)
-
-
 def be_program(words, before, peak, *streams):
-    """What such a copy does: it becomes the program. Into three files go the most memory that it
-    held, its stdout and its stderr."""
+    """What such a copy does: it becomes the program; at the end it writes its peak memory."""
     for number, path in enumerate(streams, 1):
-        os.dup2(os.open(path, os.O_WRONLY), number)
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     before()
     sys.argv = [str(PROGRAM), *words]
     try:
@@ -88,24 +74,21 @@ def be_program(words, before, peak, *streams):
     finally:
         peak.write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
 
-
 @contextmanager
 def start(*words, before=nothing):
-    """A command as a user types it, beside the test; at the end what it said, however it ended. In
-    its process `before` is called first."""
-    with tempfile.TemporaryDirectory() as place:
-        files = [Path(place, name) for name in ("peak", "stdout", "stderr")]
-        for path in files:
+    """A command as a user types it, beside the test, and what it says; it calls `before` first."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder, name) for name in ("peak", "stdout", "stderr")]
+        for path in paths:
             path.touch()
         child = FORKS.Process(target=be_program, daemon=True,
-                              args=([str(word) for word in words], before, *files))
+                              args=([*map(str, words)], before, *paths))
         child.start()
-        child.said = files[2].read_text  # so far
+        child.said = paths[2].read_text  # so far
         yield child
         child.join()
-        child.peak, child.stdout, child.stderr = (path.read_text() for path in files)
+        child.peak, child.stdout, child.stderr = (path.read_text() for path in paths)
     assert "Traceback" not in child.stderr, child.stderr
-
 
 def said_until(child, words):
     """Waits until a command has said `words`, or has ended; whether it has said them."""
@@ -113,21 +96,18 @@ def said_until(child, words):
         time.sleep(0.01)
     return words in child.said()
 
-
-def run(*words, code=0, before=nothing):
+def run(*words, code=0, **options):
     """One command that ends with this exit code."""
-    with start(*words, before=before) as child:
+    with start(*words, **options) as child:
         pass
     assert child.exitcode == code, child.stderr
     return child
 
-
 def answer(*words, **options):
     """The one JSON object that a command with --json ends with."""
-    *before, last = run(*words, "--json", **options).stdout.splitlines()
-    assert not any(line.startswith("{") for line in before)
+    *others, last = run(*words, "--json", **options).stdout.splitlines()
+    assert not any(line.startswith("{") for line in others)
     return json.loads(last)
-
 
 def refused(*words, **options):
     """The one line that says what is wrong with a command, and indented lines of detail."""
@@ -136,7 +116,6 @@ def refused(*words, **options):
     assert all(line.startswith("  ") for line in lines[first + 1:])
     return "\n".join(lines[first:])
 
-
 @pytest.fixture(scope="session")
 def root(tmp_path_factory):
     """A --root that holds 40 + 10 toy pets."""
@@ -144,33 +123,30 @@ def root(tmp_path_factory):
     run("data", "toy", "--root", root, "--trainval", 40, "--test", 10)
     return root
 
-
 @pytest.fixture(scope="session")
 def toys(root):
     """The folder of the toy pets, to be read only."""
     return root / data.TOYS
-
 
 @pytest.fixture
 def pets(toys, tmp_path):
     """A copy of the toy pets, to be spoilt."""
     return shutil.copytree(toys, tmp_path / "pets")
 
-
 def files(folder):
     """Every file under a folder by its relative name, with its bytes."""
     return {path.relative_to(folder).as_posix(): path.read_bytes()
             for path in folder.rglob("*") if path.is_file()}
 
+def read_rows(path):
+    """The rows of a CSV file as dicts."""
+    return list(csv.DictReader(path.read_text().splitlines()))
 
 # ---------------------------------------------------------------------------------------- layers
-
-
 def test_parameter_counts():
     with torch.device("meta"):
         assert sum(p.numel() for p in layers.UNet().parameters()) == 31_037_633
         assert sum(p.numel() for p in layers.ResNet34UNet().encoder.parameters()) == 21_284_672
-
 
 def test_encoder_computes_what_the_resnet34_of_the_paper_computes():
     torch.manual_seed(0)
@@ -196,7 +172,6 @@ def test_encoder_computes_what_the_resnet34_of_the_paper_computes():
         images = stage(images)
         torch.testing.assert_close(images, output, rtol=1e-4, atol=1e-4)
 
-
 @pytest.mark.parametrize("upsample", ["transpose", "bilinear"])
 @pytest.mark.parametrize("model", MODELS)
 def test_networks_take_any_size_and_a_batch_of_one(model, upsample):
@@ -205,7 +180,6 @@ def test_networks_take_any_size_and_a_batch_of_one(model, upsample):
         assert network(torch.rand(2, 2, height, width)).shape == (2, 3, height, width)
     network.train()(torch.rand(1, 2, 32, 32)).sum().backward()  # 1×1 at the ResNet's bottom
     assert all(p.grad.isfinite().all() for p in network.parameters())
-
 
 @pytest.mark.parametrize("upsample", ["transpose", "bilinear"])
 @pytest.mark.parametrize("height, width", [(8, 10), (9, 11), (7, 9), (9, 9)])
@@ -221,7 +195,6 @@ def test_up_concat_convolves_skip_and_upsampled_x_together(upsample, height, wid
         expected = F.relu(F.conv2d(expected, layer.conv.weight, padding=1) / math.sqrt(1 + 1e-5))
     torch.testing.assert_close(block(x, skip), expected)
 
-
 @pytest.mark.parametrize("model", MODELS)
 def test_he_initialization(model):
     torch.manual_seed(0)
@@ -234,7 +207,6 @@ def test_he_initialization(model):
         if isinstance(module, layers.BasicBlock):  # starts as its shortcut
             x = torch.randn(2, module.conv1.conv.in_channels, 4, 4)
             assert torch.equal(module(x), F.relu(module.shortcut(x)))
-
 
 @pytest.mark.parametrize("model", MODELS)
 def test_gradient_checkpointing_changes_memory_and_nothing_else(model):
@@ -250,7 +222,6 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(model):
         results.append([*network.state_dict().values(), *(p.grad for p in network.parameters())])
     assert all(map(torch.equal, *results)) and saved[1] < saved[0] / 2
 
-
 @pytest.mark.parametrize("model", MODELS)
 def test_fused_model_says_the_same(model):
     torch.manual_seed(0)
@@ -262,12 +233,10 @@ def test_fused_model_says_the_same(model):
     torch.testing.assert_close(fused(images), expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(network(images), expected)  # the model itself is left alone
 
-
 @pytest.mark.parametrize("model", MODELS)
 def test_dropout_only_in_training(model):
     network, x = model(width=8, dropout=0.5), torch.rand(2, 3, 32, 32)
     assert not torch.equal(network(x), network(x)) and torch.equal(network.eval()(x), network(x))
-
 
 def test_export_model_gives_probabilities_that_become_class_indices():
     images, mean, std = torch.rand(2, 3, 4, 5), (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
@@ -279,7 +248,6 @@ def test_export_model_gives_probabilities_that_become_class_indices():
     one, three = torch.tensor([0.39, 0.4]), torch.tensor([[0.5, 0.2, 0.3], [0, 0.4, 0.6]])
     assert layers.predict_mask(one.view(2, 1, 1, 1), threshold=0.4).tolist() == [[[0]], [[1]]]
     assert layers.predict_mask(three.view(2, 3, 1, 1)).tolist() == [[[0]], [[2]]]
-
 
 def slow_losses(logits, target, weights):
     """The losses by their formulas, pixel by pixel; one logit z is the pair 0, z."""
@@ -296,7 +264,6 @@ def slow_losses(logits, target, weights):
             dices.append((2 * intersection + 1) / (cardinality + 1))
     bce, dice = bce / weight_sum, 1 - sum(dices) / len(dices)
     return {"bce": bce, "dice": dice, "bce_dice": bce + dice}
-
 
 @pytest.mark.parametrize("classes, weights", [(1, None), (1, [1, 3]), (3, None), (3, [0.5, 0, 2])])
 def test_losses_against_slow_loops_and_at_infinite_logits(classes, weights):
@@ -315,7 +282,6 @@ def test_losses_against_slow_loops_and_at_infinite_logits(classes, weights):
         loss(x, target).backward()
         assert loss(x, target).isfinite() and x.grad.isfinite().all()
 
-
 def test_losses_by_hand():
     logits = torch.tensor([0.0, 0.0, math.log(3)]).view(1, 1, 1, 3)
     target = torch.tensor([[[1, 0, 1]]], dtype=torch.uint8)
@@ -325,13 +291,11 @@ def test_losses_by_hand():
     assert layers.bce_loss(logits * 0 + 1e4, target).item() == pytest.approx(1e4 / 3)
     assert layers.bce_dice_loss(logits, torch.full_like(target, 255)).item() == 0
 
-
 @pytest.mark.parametrize("mode, frequencies, expected", [
     ("none", [0.6, 0.4], [1, 1]), ("inverse", [0.6, 0.4], [0.8, 1.2]), ("auto", [0.8, 0.2], [1, 1]),
     ("sqrt", [0.8, 0.2], [2 / 3, 4 / 3]), ("auto", [0.8, 0.2, 0], [2 / 3, 4 / 3, 0])])
 def test_class_weights(mode, frequencies, expected):
     assert layers.class_weights(mode, torch.tensor(frequencies)).tolist() == pytest.approx(expected)
-
 
 @pytest.mark.parametrize("model", MODELS)
 def test_networks_overfit_eight_images(model, tmp_path):
@@ -349,7 +313,6 @@ def test_networks_overfit_eight_images(model, tmp_path):
     mask = network.eval()(images)[:, 0] > 0
     assert layers.binary_metrics(layers.count_pixels(mask, target, 2))["dice"] > 0.96
 
-
 def slow_metrics(mask, target, label):
     """True positives, predicted and true pixels, Dice and IoU of a class, pixel by pixel."""
     pixels = zip(mask.flatten().tolist(), target.flatten().tolist())
@@ -357,7 +320,6 @@ def slow_metrics(mask, target, label):
     tp, fp, fn = (pairs.count(pair) for pair in ((True, True), (True, False), (False, True)))
     dice, iou = (2 * tp / (2 * tp + fp + fn), tp / (tp + fp + fn)) if tp + fp + fn else (1, 1)
     return [tp, tp + fp, tp + fn, dice, iou]
-
 
 def test_metrics_against_slow_loops():
     rng = torch.Generator().manual_seed(0)
@@ -382,7 +344,6 @@ def test_metrics_against_slow_loops():
         "foreground_mean_dice": dice, "foreground_mean_iou": iou})
     assert layers.binary_metrics(torch.tensor([[[0, 0, 0], [0, 0, 5]]]))["precision"] is None
 
-
 def test_ema_follows_its_formula_with_warm_up():
     model, ema_model = nn.BatchNorm2d(1), nn.BatchNorm2d(1)  # has weights, statistics, a counter
     expected = [value.item() for value in ema_model.state_dict().values()]
@@ -392,7 +353,6 @@ def test_ema_follows_its_formula_with_warm_up():
             expected[i] = decay * expected[i] + (1 - decay) * value.uniform_().item()
         layers.update_ema(ema_model, model, 0.6, step)
         assert [v.item() for v in ema_model.state_dict().values()] == pytest.approx(expected, 1e-5)
-
 
 @pytest.mark.parametrize("size, progressive, expected", [
     (128, 0.85, [128]), (128, 1.0, [64, 128]), (128, 0.0, [128] * 3), (33, 1.0, [32, 32, 33]),
@@ -405,7 +365,6 @@ def test_progressive_resizing(size, progressive, expected):
     assert layers.epoch_progress(config) == pytest.approx(
         [sum(pixels[:done]) / sum(pixels) for done in range(epochs + 1)])
 
-
 @pytest.mark.parametrize("name, warmup, expected", [
     ("constant", 0.2, {0.1: 0.5, 1: 0.5}), ("exponential", 0.2, {0.1: 0.5 * 0.9**3}),
     ("cosine", 0.2, {0.1: 0.25, 0.2: 0.5, 0.4: 0.25 + 0.125 * math.sqrt(2), 0.6: 0.25, 1: 0}),
@@ -415,7 +374,6 @@ def test_schedules(name, warmup, expected):
     config, val_scores = {"lr": 0.5, "warmup": warmup, "gamma": 0.9}, [0.3, 0.1, 0.2]
     for progress, lr in expected.items():
         assert layers.SCHEDULES[name](config, progress, val_scores) == pytest.approx(lr)
-
 
 @pytest.mark.parametrize("lr, levels", [(0.5, 3), (0.5, 10), (0.5, 99), (1e-5, 1), (1e-7, 1)])
 def test_plateau_is_torchs(lr, levels):
@@ -428,7 +386,6 @@ def test_plateau_is_torchs(lr, levels):
         assert found == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9, abs=0)
         scheduler.step(score)
 
-
 @pytest.mark.parametrize("rows, columns, rank", [
     (5, 5, 3), (3, 40, 3), (40, 3, 3), (8, 8, 8), (30, 20, 8), (64, 576, 8)])
 def test_newton_schulz_evens_singular_values_and_keeps_their_vectors(rows, columns, rank):
@@ -440,7 +397,6 @@ def test_newton_schulz_evens_singular_values_and_keeps_their_vectors(rows, colum
     values = (left.mT @ result @ right).diagonal(dim1=1, dim2=2)
     torch.testing.assert_close(left * values.unsqueeze(1) @ right.mT, result, rtol=0, atol=0.002)
     assert 0.6 < values[:2].min() and values[:2].max() < 1.3 and not result[2].any()
-
 
 @pytest.mark.parametrize("shape, scale", [((2, 2, 1, 1), 1), ((4, 3, 3, 3), 1), ((32, 2, 1, 1), 4)])
 def test_muon_orthogonalizes_its_nesterov_momentum(shape, scale):
@@ -463,7 +419,6 @@ def test_muon_orthogonalizes_its_nesterov_momentum(shape, scale):
         lengths = lengths + length / 6
     assert 0.6 < lengths.min() and lengths.max() < 1.3
 
-
 def test_muon_moves_even_and_odd_parameters_in_turns():
     weights = [nn.Parameter(torch.ones(2, 2, 1, 1)) for _ in range(3)]
     muon, moved = layers.Muon([{"params": weights, "lr": 0.1}]), []
@@ -474,7 +429,6 @@ def test_muon_moves_even_and_odd_parameters_in_turns():
         muon.step()
         moved.append([i for i in range(3) if not torch.equal(before[i], weights[i])])
     assert moved in ([[0, 2], [1], [0, 2], [1]], [[1], [0, 2], [1], [0, 2]])
-
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "muon"])
 def test_each_parameter_has_one_optimizer_and_its_weight_decay(name):
@@ -492,9 +446,7 @@ def test_each_parameter_has_one_optimizer_and_its_weight_decay(name):
         decays = name == "adamw" or name == "muon" and p.dim() == 4 and "head" not in path
         assert ((p - (0.98 if decays else 1)).abs() < 2e-4).all(), path
 
-
 # ------------------------------------------------------------------------------------------ data
-
 FUZZ = int(os.environ.get("PETSEG_FUZZ", 150))  # damaged files; for all: PETSEG_FUZZ=2000 -k fuzz
 MOVES = dict(flip=0.5, vflip=0.5, rotate=25, zoom=1.4, aspect=1.2, shift=0.1)
 PAIRS = [f"{folder}/{i}.png" for folder in ("images", "masks") for i in range(40)]
@@ -509,14 +461,12 @@ DISTANCE = np.hypot(np.arange(200) - 100, np.arange(150)[:, None] - 75) - 50
 DISC = np.uint8(255 * (DISTANCE < 0))  # an object of 26% of the pixels
 BLURRED, TOO_BLURRED = (np.uint8((127.5 - DISTANCE * n).clip(0, 255)) for n in (64, 25))
 
-
 def outcome(function, *args):
     """What a call returns, or what its UserError says."""
     try:
         return function(*args)
     except data.UserError as error:
         return str(error)
-
 
 def test_cache(pets, tmp_path, monkeypatch):
     """It holds what the files hold, decodes once, and leaves nothing when it fails."""
@@ -559,7 +509,6 @@ def test_cache(pets, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Namespace(free=4 * 64 * 128 * 4 - 1))
     assert "--root" in outcome(open_cache, "val") and files(tmp_path / "cache") == before
 
-
 @pytest.mark.parametrize("size", [(60, 80), (20, 32)])
 @pytest.mark.parametrize("strengths", [{}, *({name: MOVES[name]} for name in MOVES), MOVES])
 def test_images_and_labels_move_together_and_as_far_as_told(strengths, size):
@@ -586,7 +535,6 @@ def test_images_and_labels_move_together_and_as_far_as_told(strengths, size):
     flipped = [(slope < 0).float().mean().item() for slope in (dx_du, dy_dv)]
     assert flipped == pytest.approx([strengths.get(name, 0) for name in ("flip", "vflip")], abs=0.1)
 
-
 def test_cutmix_puts_a_box_of_another_image_into_its_fraction():
     labels = torch.arange(60).view(-1, 1, 1).repeat(1, 40, 30).to(torch.uint8)
     images = labels.unsqueeze(1).repeat(1, 3, 1, 1) / 60
@@ -598,7 +546,6 @@ def test_cutmix_puts_a_box_of_another_image_into_its_fraction():
     assert torch.equal(foreign, rows[:, :, None] & columns[:, None])  # a box, wherever it is
     assert 15 < rows.any(dim=1).sum() < 45 and rows.sum(dim=1).unique().numel() > 10
 
-
 def test_augment_changes_its_fraction_of_images_and_follows_its_generator():
     images, labels = torch.rand(200, 3, 24, 40), torch.randint(3, (200, 24, 40)).to(torch.uint8)
     strong = dict(brightness=0.4, contrast=0.4, saturation=1.0, cutmix=0.5, **MOVES)
@@ -609,7 +556,6 @@ def test_augment_changes_its_fraction_of_images_and_follows_its_generator():
     assert 0 <= first[0].min() and first[0].max() <= 1
     assert torch.allclose(none[0], images, atol=1e-4) and torch.equal(none[1], labels)
 
-
 @pytest.mark.parametrize("border, targets", [
     ("foreground", {(1, 2)}), ("background", {(0, 0)}), ("ignore", {(255, 255)}),
     ("class", {(4, 4)}), ("random", {(0, 0), (1, 2)})])  # one coin an image
@@ -619,7 +565,6 @@ def test_a_border_becomes_what_is_asked(border, targets):
     rows = [(*row,) for [row] in target.tolist()]
     assert {*rows} == {(0, 1, 2, *pair, 255) for pair in targets} and target.dtype == torch.uint8
     assert min(map(rows.count, rows)) > 30
-
 
 @pytest.mark.parametrize("name, image, options, left, right", [
     ("gray.jpg", GRAY, {}, *GRAYS), ("cmyk.jpg", RED_BLUE.convert("CMYK"), {}, RED, BLUE),
@@ -640,7 +585,6 @@ def test_read_image_takes_every_kind_of_image(tmp_path, name, image, options, le
         assert (read.mode, read.size) == ("RGB", size[::-1] if size else image.size)
         assert np.abs(np.int16(read)[-5, [4, -4]] - (left, right)).max() <= 6
 
-
 @pytest.mark.parametrize("ending", ["png", "tif"])
 @pytest.mark.parametrize("orientation, turns", [(1, 0), (3, 2), (6, -1), (8, 1)])
 def test_exif_rotation_and_the_mask_that_goes_with_it(tmp_path, orientation, turns, ending):
@@ -656,7 +600,6 @@ def test_exif_rotation_and_the_mask_that_goes_with_it(tmp_path, orientation, tur
         assert np.array_equal(image, drawn_on) and np.array_equal(image[..., 0] > 99, labels)
     Image.new("L", (31, 40)).save(sample.mask)
     assert "is {}×{} ".format(*upright.shape) in outcome(data.read_pair, sample, (32, 32))
-
 
 @pytest.mark.parametrize("ending", ["jpg", "png", "gif", "tif"])
 def test_what_cannot_be_read_is_named(tmp_path, monkeypatch, ending):
@@ -676,7 +619,6 @@ def test_what_cannot_be_read_is_named(tmp_path, monkeypatch, ending):
             with pytest.raises(data.ImageError, match=f"{name}.*{expected}"):
                 read(tmp_path / name, None)
 
-
 def damage(rng, content):
     """A file of an image of 83×59, damaged in one or two ways."""
     content = bytearray(content)
@@ -693,7 +635,6 @@ def damage(rng, content):
         if content[12:16] == b"IHDR" and len(content) > 33:  # or else a PNG ends at its checksum
             content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
     return content
-
 
 def test_fuzz(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10**8 / 2)
@@ -715,7 +656,6 @@ def test_fuzz(tmp_path, monkeypatch):
     assert 0 < read < 3 * FUZZ
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss <= max(memory, 2e9 / 1024)
 
-
 @pytest.mark.parametrize("values, mode, name", [
     (DISC // 255, "P", "0.png"), (DISC, "L", "0.png"), (DISC, "1", "0.png"), (DISC, "LA", "0.png"),
     (BLURRED, "L", "0.png"), (BLURRED, "RGB", "0.png"),
@@ -726,7 +666,6 @@ def test_masks_of_two_classes_in_every_form(tmp_path, values, mode, name):
     assert (outcome(data.read_mask, path, None) != expected).mean() <= 0.001 * (name[-3:] == "jpg")
     Image.fromarray(TOO_BLURRED).save(tmp_path / "blurred.png")
     assert "blurred.png holds 0" in outcome(data.read_mask, tmp_path / "blurred.png", None)
-
 
 @pytest.mark.parametrize("text, values, expected", [
     ("", [0, 1], [0, 1]), ("", [0, 1, 255], [0, 1, 255]), ("", [255], [1]),
@@ -762,14 +701,12 @@ def test_what_values_of_masks_mean(tmp_path, text, values, expected):
         void = values[0].reshape(len(classes), -1).min(axis=1) == 255
         assert np.array_equal(labels[0], np.where(void & (values.ndim == 2), 255, classes))
 
-
 def make_files(folder, *names):
     """Empty files, which is enough to be found; returns their paths."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
     return tuple(folder / name for name in names)
-
 
 @pytest.mark.parametrize("image, mask, splits", [
     ("images/{0}.jpg", "masks/{0}.png", ""), ("imgs/{0}.png", "mask/{0}.png", ""),
@@ -793,7 +730,6 @@ def test_images_and_masks_are_paired_and_split(tmp_path, image, mask, splits):
     else:
         assert found == expected and not dataset.random_split
 
-
 @pytest.mark.parametrize("names, expected", [
     (["photos1/a.jpg", "photos1/b.jpg", "outlines/a.png"],
      "(?s)images.*photos.*masks.*labels.*\n  outlines/.* 1 images\n  photos1/.* 2 images"),
@@ -805,7 +741,6 @@ def test_images_and_masks_are_paired_and_split(tmp_path, image, mask, splits):
 def test_folders_that_are_not_understood_are_described(tmp_path, names, expected):
     make_files(tmp_path / "own", *names)
     assert re.search(expected, outcome(data.scan_dataset, tmp_path / "own"))
-
 
 def test_random_split_is_fixed_and_kept_and_what_has_no_partner_is_left_out(tmp_path):
     make_files(tmp_path, *PAIRS)
@@ -823,7 +758,6 @@ def test_random_split_is_fixed_and_kept_and_what_has_no_partner_is_left_out(tmp_
     gone = data.scan_dataset(tmp_path, random_split=first.random_split)
     assert "--split val" in outcome(data.open_split, gone, "test", (32, 32), tmp_path / "cache")
 
-
 def test_layout_of_the_pets(tmp_path):
     _, path, mask = make_files(tmp_path, "annotations/trimaps/a", "annotations/trainval.txt", "a")
     path.write_text("# a comment\n" + "".join(f"Cat_{i} 9 {1 + i // 12} 1\n\n" for i in range(24)))
@@ -836,7 +770,6 @@ def test_layout_of_the_pets(tmp_path):
         assert data.read_mask(mask, sample.classes).tolist() == [[label, 0, 128 + label]]
     path.write_text("a\nb")
     assert "what species a is" in outcome(data.scan_dataset, tmp_path, "species")
-
 
 @pytest.fixture
 def mirror(toys, tmp_path_factory):
@@ -868,7 +801,6 @@ def mirror(toys, tmp_path_factory):
         yield server
         server.shutdown()
 
-
 @pytest.mark.parametrize("settings, ending, part, asked, expected", [
     ({}, ".part", 0, [0, 0], ""), ({"breaks": True}, ".part", 0, [0, 0.5, 0], ""),
     ({"breaks": True, "ranges": False}, ".part", 0, [0, 0.5, 0], ""), ({}, ".part", 1, [1, 0], ""),
@@ -889,7 +821,6 @@ def test_download(mirror, toys, tmp_path, settings, ending, part, asked, expecte
         else:
             assert files(result) == files(toys)
 
-
 def test_two_at_once_download_once_and_a_local_mirror_will_do(mirror, toys, tmp_path):
     def download(url):
         with data.lock(tmp_path):
@@ -899,7 +830,6 @@ def test_two_at_once_download_once_and_a_local_mirror_will_do(mirror, toys, tmp_
     assert len(mirror.asked) == 2
     shutil.rmtree(tmp_path / data.PETS)
     assert download(mirror.folder.as_uri()) == files(toys)
-
 
 @pytest.mark.parametrize("name, kind, link", [
     ("../evil", tarfile.REGTYPE, ""), ("images/../../evil", tarfile.REGTYPE, ""),
@@ -916,7 +846,6 @@ def test_archives_leave_nothing_outside_their_folder(tmp_path, name, kind, link)
     with suppress(tarfile.FilterError):
         data.get_pets(tmp_path / "root", "", md5)
     assert not [*tmp_path.rglob("evil")]
-
 
 def test_leftovers_of_killed_processes_are_cleared_away_under_the_lock(tmp_path):
     fork = multiprocessing.get_context("fork")
@@ -937,7 +866,6 @@ def test_leftovers_of_killed_processes_are_cleared_away_under_the_lock(tmp_path)
     with data.lock(tmp_path):
         assert not files(tmp_path) and data.take_lock(tmp_path, wait=False) is None
 
-
 def test_without_fcntl_and_resource_the_module_works(tmp_path, monkeypatch):
     for name in ("fcntl", "resource"):
         monkeypatch.setitem(sys.modules, name, None)  # as on Windows
@@ -947,7 +875,6 @@ def test_without_fcntl_and_resource_the_module_works(tmp_path, monkeypatch):
     with again.lock(tmp_path):
         dataset = again.scan_dataset(again.make_toys(tmp_path, trainval=12, test=2))
         assert len(again.open_split(dataset, "train", (32, 32), tmp_path / "cache").names) == 10
-
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_parallel_map_keeps_the_order_and_is_lazy(threads):
@@ -968,7 +895,6 @@ def test_parallel_map_keeps_the_order_and_is_lazy(threads):
     with pytest.raises(ZeroDivisionError):
         next(results)
 
-
 def test_upsample_and_argmax_is_the_argmax_of_upsampled_maps():
     probs = torch.rand(5, 8, 6, generator=data.seeded_generator(0))
     for probs in (probs / probs.sum(dim=0), probs[:1]):
@@ -978,7 +904,6 @@ def test_upsample_and_argmax_is_the_argmax_of_upsampled_maps():
         mask, confidence = data.upsample_and_argmax(probs.numpy(), (61, 47))
         assert np.array_equal(mask[clear], ranked.indices[-1][clear])
         assert confidence == pytest.approx(ranked.values[-1].mean().item(), abs=1e-4)
-
 
 def test_toys_come_from_their_seed_in_the_layout_of_the_pets(tmp_path):
     a, b, c = (files(data.make_toys(tmp_path / name, seed, trainval=12, test=3))
@@ -993,18 +918,102 @@ def test_toys_come_from_their_seed_in_the_layout_of_the_pets(tmp_path):
         trimap = Image.open(io.BytesIO(a[f"annotations/trimaps/{name}.png"]))
         assert image.size == trimap.size and {*np.unique(trimap)} == {1, 2, 3}
 
+def test_mask_overlay_cutout_and_panel(tmp_path):
+    photo, drawn = Image.new("RGB", (120, 90), (90, 90, 90)), {}
+    mask = np.pad(np.ones((50, 60), np.uint8), ((20, 20), (30, 30)))
+    for name, (ending, draw) in data.OUTPUTS.items():
+        data.save_image(draw(photo, mask, None, TWO), path := tmp_path / f"{name}{ending}")
+        drawn[name] = np.asarray(Image.open(path)).astype(int)
+    assert np.array_equal(drawn["mask"], mask * 255)
+    assert np.array_equal(drawn["cutout"], mask[..., None] * (90, 90, 90, 255))
+    overlay = np.abs(drawn["overlay"] - 90).max(axis=2)
+    assert overlay[:12].max() < 9 and overlay[45, 60] > 20
+    assert overlay[19:21, 60].min() > overlay[45, 60]  # the contour is seen on either side
+    many = data.panel(photo, mask, mask * 2, "caption", ["ground", "one", "two"])
+    assert many.width > drawn["panel"].shape[1] * 1.4 and many.height > drawn["panel"].shape[0]
+    grid = np.asarray(data.image_grid([Image.new("RGB", (9, 9), c) for c in (RED, BLUE, RED)]))
+    assert [(grid == colour).all(axis=2).sum() for colour in (RED, BLUE)] == [162, 81]
+
+@pytest.mark.parametrize("strength, means, spreads", [
+    ("brightness", (0.4, 0.6), (0.16, 0.24)), ("contrast", (0.5, 0.5), (0.16, 0.24)),
+    ("saturation", (0.4963, 0.5037), (0.16, 0.24))])
+def test_colours_change_by_their_strength(strength, means, spreads):
+    images = torch.tensor([0.6, 0.5, 0.4]).view(1, 3, 1, 1).repeat(300, 1, 4, 4)
+    images, _ = data.augment(images, images[:, 0], data.seeded_generator(1), **{strength: 0.2})
+    red, _, blue = images[..., 0, 0].T
+    for values, limits in ((images.mean(dim=(1, 2, 3)), means), (red - blue, spreads)):
+        assert [values.min(), values.max()] == pytest.approx(limits, abs=0.003)
+
+def test_curves_run_where_the_numbers_say(tmp_path):
+    rows = [{"epoch": 1 + i, "train_dice": i / 40, "val_dice": 0.75, "train_loss": 1 - i / 40,
+             "val_loss": 0.25} for i in range(41)]
+    for runs in ({"one epoch": rows[:1]}, {f"run {i}" * 9: rows for i in range(7)}, {"run": rows}):
+        data.draw_curves(tmp_path / "curves.png", runs)
+    image = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB")).astype(int)
+    for half, rises in ((image[:, :600], False), (image[:, 600:], True)):
+        # the lowest pixel of a colour in a column is the curve's: the legend stands above it
+        train, val = ({x: np.flatnonzero(column)[-1] for x, column in enumerate(near.T)
+                       if column.any()}
+                      for near in (np.abs(half - c).sum(axis=2) < 60 for c in data.LINE_COLORS[:2]))
+        first, last = min(train), max(train)
+        # the right 40% are clear of the mark of the best epoch, which is the first
+        right = sorted(x for x in train if x in val and x > first + 0.6 * (last - first))
+        assert (train[right[-1]] < train[right[0]]) == rises
+        meeting = min(right, key=lambda x: abs(train[x] - val[x]))
+        assert (meeting - first) / (last - first) == pytest.approx(0.75, abs=0.02)
+
+def test_toys_are_not_told_by_colour(toys, tmp_path):
+    split = data.open_split(data.scan_dataset(toys), "train", (64, 64), tmp_path)
+    truth, best = split.labels > 0, 0.0
+    for channel in (*np.moveaxis(split.images, 3, 0), split.images.mean(axis=3)):
+        for threshold in range(-1, 256, 4):  # -1 takes everything
+            for guess in (channel > threshold, channel <= threshold):
+                both, sizes = (guess & truth).sum(axis=(1, 2)), (guess * 1 + truth).sum(axis=(1, 2))
+                best = max(best, (2 * both / sizes).mean())
+    assert 0.2 < best < 0.75
+
+@pytest.mark.parametrize("number, ids", [("30", range(4, 34)), (
+    "19", (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33))])
+def test_cityscapes(tmp_path, number, ids):
+    parts = ("leftImg8bit/{}/ulm/a_leftImg8bit.png", "gtFine/{}/ulm/a_gtFine_labelIds.png")
+    mask = make_files(tmp_path, *(part.format(s) for s in ("train", "val") for part in parts))[1]
+    Image.fromarray(np.arange(34, dtype=np.uint8)[None]).save(mask)
+    dataset = data.scan_dataset(tmp_path, cityscapes_classes=number)
+    assert [dataset.class_names[ids.index(i)] for i in (7, 24, 26)] == ["road", "person", "car"]
+    [[train], [_]] = dataset.splits.values()
+    labels = data.read_mask(train.mask, train.classes)[0].tolist()
+    assert labels == [ids.index(i) if i in ids else 255 for i in range(34)]
+
+def test_check_names_errors_and_what_one_might_not_expect(tmp_path):
+    make_files(tmp_path, *PAIRS, "images/7.jpg")  # which is empty
+    for name in PAIRS:
+        Image.fromarray(DISC).save(tmp_path / name)
+    for i in range(3):
+        Image.fromarray(BLURRED).save(tmp_path / f"masks/{i}.png")
+        Image.fromarray(DISC // 255 * np.uint16(4000)).save(tmp_path / f"images/{i}.png")
+    checks = data.verify(data.scan_dataset(tmp_path)).values()
+    [error], notes = sum((c.errors for c in checks), []), sum((c.notes for c in checks), [])
+    assert "7.jpg" in str(error)
+    for words in ("16-bit images, white at 4095", "edges, cut at 128"):
+        assert sum(int(note.split()[0]) for note in notes if note.endswith(words)) == 3
+    assert all(check.fractions[1] == pytest.approx((DISC > 0).mean(), abs=0.01) for check in checks)
+
+def test_names_of_any_kind_give_short_plain_names_of_their_own(tmp_path):
+    names = {"a b": "a b", "two\nlines": r"two\nlines", "\udcff": r"\udcff", "Cat": "Cat",
+             "cat": "cat-2", "lr-0.01": "lr-0.01", "lr-0.02": "lr-0.02", "é" * 125: "é" * 100,
+             "x" * 250: "x" * 200, "x" * 251: "x" * 200 + "-2"}
+    assert dict(zip(names, data.unique_names(names))) == names
+    make_files(tmp_path, *(f"{name}.jpg" for name in names), "links/no image.txt")
+    (tmp_path / "links" / "loop").symlink_to(tmp_path)
+    (tmp_path / "links" / "self.png").symlink_to(tmp_path / "links" / "self.png")
+    assert {path.stem for path in data.find_images([tmp_path])} == names.keys()
+    # nothing in a message that a terminal would obey, and a detail on a line of its own
+    assert str(data.UserError("a\n\x1b[2J\u202e", "é\\n")) == "a\\n\\x1b[2J\\u202e\n  é\\n"
 
 # ---------------------------------------------------------------------------------------- petseg
-
 SHORT = ("--schedule", "exponential", "--gamma", 0.5, "--save-every", 1)
 WIDTH = {"unet": 2, "resnet34_unet": 8}
 load = partial(petseg.load_predictor, Namespace(device="cpu", threads=None, precision="fp32"))
-
-
-def read_rows(path):
-    """The rows of a CSV file as dicts."""
-    return list(csv.DictReader(path.read_text().splitlines()))
-
 
 def assert_same_run(*folders):
     """Two runs have the same weights and pictures bit for bit, and the same metrics."""
@@ -1019,7 +1028,6 @@ def assert_same_run(*folders):
                      [(folder / name).read_bytes() for name in ("samples.png", "worst.png")]))
     assert runs[0] == runs[1]
 
-
 @pytest.fixture(scope="session")
 def trained(root):
     """The folders of three runs, to be read only: of each model, and of one that is halfway."""
@@ -1028,13 +1036,11 @@ def trained(root):
             for name, model, epochs in (("unet", "unet", 2), ("halfway", "unet", 1),
                                         ("resnet34_unet", "resnet34_unet", 2))}
 
-
 @pytest.fixture
 def halfway(trained, root, tmp_path):
     """The command that began a run of one epoch, and a copy of its folder, to be spoilt."""
     words = ("train", "unet", *TINY, *SHORT, "--root", root, "--out", tmp_path, "--name", "run")
     return words, shutil.copytree(trained["halfway"], tmp_path / "run")
-
 
 @pytest.mark.parametrize("model", petseg.MODELS)
 def test_train_and_eval(model, trained, root, tmp_path):
@@ -1048,19 +1054,23 @@ def test_train_and_eval(model, trained, root, tmp_path):
     best = 1 + scores.index(max(scores))
     assert (result["val_dice"], result["epoch"], len(rows)) == (max(scores), best, 2)
     for name, epoch in ("best", best), ("epoch-1", 1), ("epoch-2", 2):
-        config, _, metrics = torch.load(folder / f"{name}.pt", weights_only=True).values()
-        assert (config["lr"], config["width"], config["size"]) == (0.02, WIDTH[model], (32, 32))
-        assert [metrics[key] for key in ("epoch", "lr", "val_dice", "image_width")] == [
-            epoch, 0.02 / epoch, scores[epoch - 1], 32] and "width" not in metrics
-    again = answer("eval", "--ckpt", folder, "--root", root, "--out", tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"test.json", "worst-test.png"}
+        config, weights, metrics = torch.load(folder / f"{name}.pt").values()
+        assert (config["lr"], config["width"]) == (0.02, WIDTH[model]) and "width" not in metrics
+        assert [metrics[key] for key in ("epoch", "lr", "val_dice")] == [
+            epoch, 0.02 / epoch, scores[epoch - 1]]
+        assert {w.dtype for w in weights.values() if w.dim() == 1} == {torch.float32}  # variances
+    words = ("--ckpt", folder, "--root", root, "--out")
+    again = answer("eval", *words, tmp_path / "eval")
+    assert sorted(files(tmp_path / "eval")) == ["test.json", "worst-test.png"]
     names = result.keys() - {"run", "epoch", "val_dice", "seconds"}
     assert len(names) == 9 and all(again[name] == result[name] for name in names)
     assert result["images"] == sum(breed["images"] for breed in again["breeds"].values()) == 10
+    shown = answer("infer", *words, tmp_path / "infer", "--threshold", 1)  # no pixel is so sure
+    assert (shown["images"], shown["dice"]) == (10, 0)
+    assert len(list(tmp_path.glob("infer/*_panel.jpg"))) == 10
 
-
-# layouts of folders: the files of image {0} in split {1}; what stands in a mask for the background
-# and the two halves of a box; classes.txt; the labels; the names of the classes
+# layouts: the files of image {0} in split {1}; what stands in a mask for background and the halves
+# of a box; classes.txt; the labels; the names of the classes
 OWN_DATA = {
     "two classes": ("images/{0}.jpg", "masks/{0}.png", (9, 240, 240), "", (0, 1, 1),
                     ["background", "foreground"]),
@@ -1072,7 +1082,6 @@ OWN_DATA = {
                    "gtFine/{1}/town/{0}_gtFine_labelIds.png", (7, 26, 5), "", (0, 13, 255),
                    [data.CITYSCAPES[i - 4] for i in data.CITYSCAPES_EVAL_IDS]),
 }
-
 
 def make_own_data(folder, kind, n=20):
     """Makes `n` labelled images of 40×32, all of a bright box; returns the labels of each."""
@@ -1089,7 +1098,6 @@ def make_own_data(folder, kind, n=20):
     if classes:
         (folder / "classes.txt").write_text(classes)
     return np.array(labels)[box]
-
 
 @pytest.mark.parametrize("kind, options", [
     ("splits", "--loss dice"), ("two classes", "--ema 0 --progressive 0"),
@@ -1116,7 +1124,6 @@ def test_own_data_from_training_to_masks(kind, options, tmp_path):
     for i, name in enumerate(names if len(names) > 2 else ()):
         assert float(row[f"fraction of {name}"]) == pytest.approx((mask == i).mean())
 
-
 def test_a_test_split_may_be_all_ignored(tmp_path):
     make_own_data(tmp_path, "splits", 6)
     (tmp_path / "classes.txt").write_text("ground\ncar\ntree")
@@ -1125,17 +1132,15 @@ def test_a_test_split_may_be_all_ignored(tmp_path):
     result = answer("train", "unet", *words, *TINY[2:], "--epochs", 1)
     assert result["images"] == answer("eval", "--ckpt", result["run"], *words)["images"] == 1
 
-
 def test_the_random_split_stays_however_its_folder_is_written(tmp_path):
     make_own_data(tmp_path / "own", "two classes", 20)
     here = {"before": partial(os.chdir, tmp_path)}
     run("train", "unet", "--data", "own", "--name", "a", *TINY[2:], "--epochs", 1, **here)
     for name in ("own", "other"):  # a new random split of 60 images would be 6 and 6
         make_own_data(tmp_path / name, "two classes", 60)
-    for words, images in (("", 2), ("--data own", 2), ("--data own/", 2), ("--data ./own", 2),
-                          (f"--data {tmp_path}/own", 2), ("--data other", 6)):
-        assert answer("eval", "--ckpt", "runs/a", *words.split(), **here)["images"] == images
-
+    for folder in ("", "own", "own/", "./own", f"{tmp_path}/own", "other"):
+        words = ("eval", "--ckpt", "runs/a", *(("--data", folder) if folder else ()))
+        assert answer(*words, **here)["images"] == (6 if folder == "other" else 2)
 
 def test_scores_are_of_each_image_once_and_of_the_mean_of_four_views(trained, toys, tmp_path):
     split = data.open_split(data.scan_dataset(toys), "test", (64, 64), tmp_path)
@@ -1157,17 +1162,13 @@ def test_scores_are_of_each_image_once_and_of_the_mean_of_four_views(trained, to
     counts = torch.tensor([[[3, 4, 3], [2, 3, 5], [0, 0, 0]], [[0, 0, 0]] * 3])
     assert petseg.image_scores(counts).tolist() == pytest.approx([(3 / 4 + 2 / 6) / 2, 0])
 
-
 def test_options_name_what_there_is_and_long_runs_augment_more():
-    for toy, epochs, preset in ((True, 300, "flip"), (False, 99, "full"), (False, 100, "strong")):
-        typed = {"model": "unet", "epochs": epochs}
-        config = petseg.resolve_config(typed, torch.device("cpu"), toy)
+    for toy, n, preset in ((True, 300, "flip"), (False, 99, "full"), (False, 100, "strong")):
+        config = petseg.resolve_config({"model": "unet", "epochs": n}, torch.device("cpu"), toy)
         assert config["augment"] == petseg.AUGMENT_PRESETS[preset]
-    loss, schedule = petseg.OPTIONS["loss"][1], petseg.OPTIONS["schedule"][1]
-    assert {*petseg.MODELS} == {*layers.MODELS} and {*loss} == {*layers.LOSSES}
-    assert {*schedule} == {*layers.SCHEDULES}
-    assert {*petseg.AUGMENT_BOUNDS} < {*inspect.signature(data.augment).parameters}
-
+    for names, table in ((petseg.MODELS, layers.MODELS), (petseg.OPTIONS["loss"][1], layers.LOSSES),
+                         (petseg.OPTIONS["schedule"][1], layers.SCHEDULES)):
+        assert {*names} == {*table}
 
 def become(situation="", **environment):
     """Puts a process that is about to be the program into another situation."""
@@ -1176,7 +1177,7 @@ def become(situation="", **environment):
         os.getloadavg = lambda: (1.3, 1.0, 1.0)
     elif situation == "a full disk":
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.RLIM_INFINITY))
-    elif situation == "no more right than others to write" and sys.platform == "linux":
+    elif situation == "no right to write" and sys.platform == "linux":
         version, no_capabilities = (ctypes.c_uint * 2)(0x20080522), (ctypes.c_uint * 6)()
         assert ctypes.CDLL(None).capset(version, no_capabilities) == 0
     elif situation == "no fcntl, resource, affinity, load":
@@ -1188,14 +1189,12 @@ def become(situation="", **environment):
         layers.LOSSES["bce_dice"] = lambda logits, *others: real(logits, *others) * (
             math.inf if logits.requires_grad and next(step) else 1)
 
-
-def test_the_same_command_starts_goes_on_or_says_finished(halfway, trained, root, tmp_path):
+def test_the_same_command_goes_on_or_says_finished(halfway, trained, root, tmp_path):
     words, folder = halfway
     before = files(folder)
     assert re.search(f"{folder} is finished.*--epochs.*--name", run(*words, "--epochs", 1).stdout)
     assert answer(*words, "--epochs", 1) == json.loads(before["test.json"])
-    for option, old, new in (("--lr", "0.02", "0.1"), ("--width", "2", "4"), ("--seed", "0", "1"),
-                             ("--loss", "bce_dice", "dice"), ("--dropout", "0.0", "0.5")):
+    for option, old, new in ("--lr", "0.02", "0.1"), ("--loss", "bce_dice", "dice"):
         assert f"begun with {option} {old}, not {new}" in refused(*words, option, new)
     less = shutil.copytree(root, tmp_path / "less")
     data.scan_dataset(less / data.TOYS).splits["train"][0].image.unlink()
@@ -1205,30 +1204,27 @@ def test_the_same_command_starts_goes_on_or_says_finished(halfway, trained, root
         answer(*words, "--epochs", 2)
     assert_same_run(folder, trained["unet"])
     assert (folder / "config.json").read_text().count("resumed with --epochs 2") == 1
-    assert answer(*words[:-1], "new", "--epochs", 1)["run"] == str(folder.with_name("new"))
     for epochs, threads in (3, 2), (4, 1):  # each time another number than before
         stderr = run(*words, "--epochs", epochs, "--threads", threads,
                      before=partial(become, "a busy machine")).stderr
         assert re.search("warning: .*not bit-exact", stderr)
         assert ("is busy (load 1.3); --threads 1 may be faster" in stderr) == (threads > 1)
 
-
 KILLS = int(os.environ.get("PETSEG_KILLS", 0))  # of the long soak; pytest -k kill runs it
 KILLED = [
     "unet --dropout 0.3 --border random --grad-accum 2 --classes species --class-weights inverse",
-    "resnet34_unet --precision bf16 --progressive 0.8 --border random --schedule plateau --repeat 2",
+    "resnet34_unet --precision bf16 --progressive 0.8 --schedule plateau --repeat 2",
     "unet --precision bf16 --optimizer adamw --dropout 0.2 --grad-accum 3 --schedule exponential",
     "resnet34_unet --optimizer adam --ema 0 --schedule inverse_sqrt --border ignore",
     "resnet34_unet --dropout 0.5 --border class --grad-accum 2 --grad-checkpoint --grad-clip 0",
     "unet --upsample bilinear --augment strong --augment-prob 0.5 --ema 0.9 --loss dice",
 ]
 
-
 @pytest.mark.parametrize("options", KILLED if KILLS else KILLED[:1])
 def test_killed_at_random_moments_and_resumed_equals_undisturbed(options, root, tmp_path):
-    words = ("train", *options.split(), *TINY, "--size", 48, "--width", WIDTH[options.split()[0]],
-             "--epochs", 4, "--batch-size", 4, "--checkpoint-minutes", 0.001, "--root", root, "--out",
-             tmp_path, "--name")
+    words = ("train", *options.split(), *TINY, "--width", WIDTH[options.split()[0]], "--epochs", 4,
+             "--size", 48, "--batch-size", 4, "--checkpoint-minutes", 0.001, "--root", root,
+             "--out", tmp_path, "--name")
     run(*words, "undisturbed")
     rng, kills, folder = np.random.default_rng(KILLED.index(options)), 0, tmp_path / "killed"
     while kills < (math.ceil(KILLS / len(KILLED)) or 3):
@@ -1243,7 +1239,6 @@ def test_killed_at_random_moments_and_resumed_equals_undisturbed(options, root, 
     run(*words, "killed")
     assert_same_run(folder, tmp_path / "undisturbed")
     assert not list(folder.glob(".part-*"))
-
 
 def test_stopped_saves_says_how_to_go_on_and_equals_undisturbed(root, tmp_path):
     words = ("train", "unet", *TINY, "--root", root, "--epochs", 3, "--batch-size", 2, "--out")
@@ -1260,13 +1255,11 @@ def test_stopped_saves_says_how_to_go_on_and_equals_undisturbed(root, tmp_path):
         run(*shlex.split(command))
         assert_same_run(folder, undisturbed)
 
-
 def make_infinite(part, name, path):
     """Makes one number of a last.pt infinite."""
     last = torch.load(path, weights_only=True)
     last[part][name].view(-1)[0] = math.inf
     petseg.save_checkpoint(path, last)
-
 
 @pytest.mark.parametrize("spoil, situation, expected", [
     (lambda path: os.truncate(path, path.stat().st_size // 2), "", "warning: .*last.pt"),
@@ -1275,8 +1268,7 @@ def make_infinite(part, name, path):
     (partial(make_infinite, "model", "head.weight"), "", "last.pt.*finite"),
     (partial(make_infinite, "ema", "encoder.0.0.bn.running_var"), "", "last.pt.*finite"),
     (nothing, "a full disk", "petseg: .*make room"),
-    (lambda path: path.parent.chmod(0o555), "no more right than others to write",
-     "petseg: Permission denied: {}.*--out")],
+    (lambda path: path.parent.chmod(0o555), "no right to write", "denied: {}.*--out")],
     ids=["cut", "missing", "between two renames", "weight", "statistic", "full disk", "read-only"])
 def test_damaged_files_and_failed_writes_lose_nothing(spoil, situation, expected, halfway, trained):
     words, folder = halfway
@@ -1293,29 +1285,24 @@ def test_damaged_files_and_failed_writes_lose_nothing(spoil, situation, expected
         os.truncate(folder / name, 9999)
     assert "--init-from" in refused(*words, "--epochs", 3)
 
-
-@pytest.mark.parametrize("options, diverges", [
-    ("unet --lr 1e30 --grad-clip 0", True), ("unet --width 1 --batch-size 1 --grad-accum 50", False),
-    ("unet --optimizer adamw --lr 1e20 --ema 0 --grad-clip 0 --checkpoint-minutes 0.0001", True),
-    ("resnet34_unet --width 8 --size 33 --batch-size 64 --progressive 1", False)])
-def test_extreme_numbers_train_or_stop_with_advice(options, diverges, root, tmp_path):
-    words = ("train", *TINY, *options.split(), "--precision", "fp32", "--epochs", 2, "--root", root,
-             "--out", tmp_path, "--name", "a")
+@pytest.mark.parametrize("options", [
+    "--lr 1e30", "--optimizer adamw --lr 1e20 --ema 0 --checkpoint-minutes 0.0001"])
+def test_a_run_that_diverges_stops_with_advice_and_keeps_a_good_checkpoint(options, root, tmp_path):
+    words = ("train", "unet", *TINY, *options.split(), "--grad-clip", 0, "--precision", "fp32",
+             "--epochs", 2, "--root", root, "--out", tmp_path, "--name", "a")
     for _ in range(2):  # the second time from the last good checkpoint
-        stderr = run(*words, code=2 * diverges).stderr
-        assert not diverges or re.search("petseg: .*(nan|inf).*good checkpoint is kept.*--lr", stderr)
-        last = torch.load(tmp_path / "a" / "last.pt", weights_only=True)
+        assert re.search("(nan|inf).*good checkpoint is kept.*--lr", refused(*words))
+        last = torch.load(tmp_path / "a" / "last.pt")
         tensors = [*last["model"].values(), *last["ema"].values()]
         assert all(tensor.isfinite().all() for tensor in tensors)
 
-
 def test_a_step_with_infinite_gradients_is_skipped_and_counted(root, tmp_path):
-    words = ("train", "unet", *TINY, "--root", root, "--epochs", 1, "--out", tmp_path, "--batch-size")
+    words = ("train", "unet", *TINY, "--root", root, "--out", tmp_path, "--epochs", 1)
     there = {"before": partial(become, "only the first training step is finite")}  # of 36 images
-    assert re.search("11 steps.*--lr", refused(*words, 2, **there))
-    assert "8 steps skipped" in run(*words, 4, "--name", "a", **there).stderr
+    assert re.search("11 steps.*--lr", refused(*words, "--batch-size", 2, **there))
+    stderr = run(*words, "--batch-size", 4, "--name", "a", **there).stderr
     [row] = read_rows(tmp_path / "a" / "metrics.csv")
-    assert row["skipped_steps"] == "8" and math.isfinite(float(row["train_loss"]))
+    assert "8 steps skipped" in stderr and row["skipped_steps"] == "8" and "inf" not in row.values()
     last = torch.load(tmp_path / "a" / "last.pt", weights_only=True)
     torch.manual_seed(0)
     for name, first in petseg.build_model(CONFIG).state_dict().items():
@@ -1323,13 +1310,12 @@ def test_a_step_with_infinite_gradients_is_skipped_and_counted(root, tmp_path):
             expected = 0.1 * first + 0.9 * last["model"][name]
             torch.testing.assert_close(last["ema"][name], expected, rtol=1e-4, atol=1e-6)
 
-
 def test_init_from_takes_all_weights_but_a_head_of_other_classes(trained, root, tmp_path):
     best = shutil.copy(trained["unet"] / "best.pt", tmp_path)
     given, words = torch.load(best, weights_only=True), ("--root", root, "--out", tmp_path)
     for options, other in ("", "running|tracked"), ("--classes species", "running|tracked|head"):
-        done = run("train", "unet", "--init-from", best, "--data", "toy", *words, "--lr", 0, "--ema",
-                   0, "--epochs", 1, "--json", *options.split())  # nothing is learned
+        done = run("train", "unet", "--init-from", best, "--data", "toy", *words, "--lr", 0,
+                   "--json", "--ema", 0, "--epochs", 1, *options.split())  # nothing is learned
         assert ("the head starts at random" in done.stderr) == bool(options)
         result = json.loads(done.stdout)
         last = torch.load(Path(result["run"], "last.pt"), weights_only=True)
@@ -1339,7 +1325,6 @@ def test_init_from_takes_all_weights_but_a_head_of_other_classes(trained, root, 
     assert "metrics differ" in refused("compare", result["run"], trained["unet"], *words[2:])
     os.remove(best)  # a resumed run has no need of it
     run("train", "--resume", result["run"], "--epochs", 2)
-
 
 def step_gradients(folder, number, processes):
     """What a training step returns in one of several processes, and the gradients."""
@@ -1354,7 +1339,6 @@ def step_gradients(folder, number, processes):
                                torch.tensor([8, 1, 7, 2, 6, 3, 5]), 1, 0)
     return [value.numpy() for value in (*result, *(p.grad for p in model.parameters()))]
 
-
 def test_two_processes_find_the_gradients_of_one(tmp_path):
     places = [(tmp_path, 0, 1), (tmp_path, 0, 2), (tmp_path, 1, 2)]
     with FORKS.Pool(3, maxtasksperchild=1) as pool:
@@ -1363,9 +1347,8 @@ def test_two_processes_find_the_gradients_of_one(tmp_path):
     assert one[0][1] == 7 and one[2].any()
     torch.testing.assert_close(two, [one, one], rtol=1e-5, atol=1e-5)
 
-
 def run_by_two(*words, between=nothing, code=0):
-    """The first of two processes that run one command as torchrun starts it; the other is silent."""
+    """The first of two processes that run a command under torchrun; the second is silent."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = str(server.getsockname()[1])
     first, second = (start(*words, before=partial(
@@ -1376,7 +1359,6 @@ def run_by_two(*words, between=nothing, code=0):
     assert (first.exitcode, second.exitcode) == (code, code), (first.stderr, second.stderr)
     assert second.stdout == "" and (code == 2 or second.stderr == "")
     return first
-
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds torchrun's workers in /proc")
 def test_two_processes_stopped_or_killed_equal_undisturbed(root, tmp_path):
@@ -1392,7 +1374,6 @@ def test_two_processes_stopped_or_killed_equal_undisturbed(root, tmp_path):
     assert f"--resume {folder}" in stopped.stderr and len(read_rows(folder / "metrics.csv")) < 4
     run_by_two(*words, folder.parent)  # finds the run by the launcher's id
     assert_same_run(folder, undisturbed)
-
     words, needed = (*words, tmp_path, "--name", "killed"), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
     assert f"{needed}=1" in refused(*words, before=partial(
         become, TORCHELASTIC_RUN_ID="job", TORCHELASTIC_MAX_RESTARTS="3"))
@@ -1406,13 +1387,11 @@ def test_two_processes_stopped_or_killed_equal_undisturbed(root, tmp_path):
         rest = launcher.stderr.read()
     assert launcher.returncode == 0 and "resuming" in rest and "Traceback" not in rest
     assert_same_run(tmp_path / "killed", undisturbed)
-
     words = ("--ckpt", undisturbed, "--root", root, "--out")
     run("eval", *words, tmp_path / "one")
     run_by_two("eval", *words, tmp_path / "two")
     assert files(tmp_path / "one") == files(tmp_path / "two")
     assert "leave out torchrun" in run_by_two("infer", *words, tmp_path / "three", code=2).stderr
-
 
 def test_infer_takes_images_of_any_kind_and_names_the_broken(trained, pets, tmp_path):
     folder, out = tmp_path / "in", tmp_path / os.fsdecode(b"out \xff")
@@ -1428,9 +1407,9 @@ def test_infer_takes_images_of_any_kind_and_names_the_broken(trained, pets, tmp_
     Image.new("L", (9, 9), 1).save(damaged[1].mask)
     Image.open(damaged[2].mask).point(lambda value: 9).save(damaged[2].mask)
     photos = [sample.image for sample in (known, *damaged)]
-    words = ("infer", "--ckpt", trained["unet"], *photos, "--json", "--save")
-    done = run(*words, "mask,overlay,cutout,panel", "--out", out, "--", "-dash.bmp", ".", code=2,
-               before=partial(os.chdir, folder))
+    words = ("infer", "--ckpt", trained["unet"], "--json", "--save")
+    done = run(*words, "mask,overlay,cutout,panel", "--out", out, *photos, "--", "-dash.bmp", ".",
+               code=2, before=partial(os.chdir, folder))
     result, rows = json.loads(done.stdout), read_rows(out / "predictions.csv")
     assert re.search(r"\npetseg: 2 of 15 images .*:\n  cut.jpg: .*\n  text\\n.jpg: ", done.stderr)
     assert len(result["failed"]) == 2 and len(rows) == result["images"] == 13
@@ -1449,10 +1428,9 @@ def test_infer_takes_images_of_any_kind_and_names_the_broken(trained, pets, tmp_
         assert [row[side] for side in ("left", "top", "right", "bottom")] == [
             *map(str, images[0].getbbox() or [""] * 4)]
         assert bool(row["dice"]) == (row["output"] == known.name)
-    run(*words, "mask", "--out", tmp_path / "fewer")
+    run(*words, "mask", "--out", tmp_path / "fewer", *photos)
     for path in tmp_path.glob("fewer/*_mask.png"):  # a mask does not depend on other images
         assert path.read_bytes() == (out / path.name).read_bytes()
-
 
 def test_infer_is_stopped_and_does_the_rest(trained, toys, tmp_path):
     photos, out = tmp_path / "photos", tmp_path / "out"
@@ -1479,7 +1457,6 @@ def test_infer_is_stopped_and_does_the_rest(trained, toys, tmp_path):
     (out / "predictions.csv").write_text("file,output\n1,2\n")
     assert "predictions.csv" in refused(*words, "--skip-existing")
 
-
 def test_infer_leaves_out_its_own_outputs_and_holds_few_bytes_a_pixel(trained, tmp_path):
     words, peaks = ("infer", "--ckpt", trained["unet"], tmp_path, "--out"), []
     for name, side in ("photo.png", 40), ("a_mask.png", 4000):
@@ -1491,27 +1468,14 @@ def test_infer_leaves_out_its_own_outputs_and_holds_few_bytes_a_pixel(trained, t
     assert re.search("a_mask.png has more than 15,999,999 pixels.*--max-pixels", done.stderr)
     assert answer(*words, tmp_path / "more")["images"] == 8  # elsewhere the name may be a photo's
 
-
-@pytest.mark.parametrize("threshold", [0, 1])
-def test_infer_without_images_takes_the_test_split(threshold, trained, root, tmp_path):
-    result = answer("infer", "--ckpt", trained["unet"], "--root", root, "--no-tta", "--threshold",
-                    threshold, "--out", tmp_path)
-    rows = read_rows(tmp_path / "predictions.csv")
-    assert result["images"] == len(rows) == len(list(tmp_path.glob("*_panel.jpg"))) == 10
-    assert {float(row["fraction"]) for row in rows} == {1 - threshold}
-    assert result["dice"] == pytest.approx(sum(float(row["dice"]) for row in rows) / 10)
-
-
 @pytest.mark.parametrize("model, largest", [("unet", 8e6), ("resnet34_unet", 16e6)])
 def test_the_weights_that_come_with_the_program(model, largest, toys, tmp_path):
     path, photo = PROGRAM.with_name("weights") / f"{model}.pt", min((toys / "images").iterdir())
     config, _, metrics = torch.load(path, weights_only=True).values()
-    assert path.stat().st_size <= largest and 0 < metrics["epoch"] <= config["epochs"]
-    assert config["command"].startswith(f"petseg.py train {model} --data pets")
+    assert path.stat().st_size <= largest and f"train {model} --data pets" in config["command"]
     assert metrics["val_dice"] > 0.93 and metrics["lr"] == "unknown"
     words = () if model == "unet" else ("--ckpt", path)  # unet.pt is the default
     assert answer("infer", *words, photo, "--out", tmp_path)["dice"] > 0.5
-
 
 def test_compare_keeps_runs_apart(trained, tmp_path):
     folders = [shutil.copytree(trained["unet"], tmp_path / f"lr-0.0{i}") for i in (1, 2)]
@@ -1523,7 +1487,6 @@ def test_compare_keeps_runs_apart(trained, tmp_path):
     (folders[0] / "config.json").write_text('{"model": "unet", "labels": []}')
     assert "older version" in refused(*words)
 
-
 def test_without_the_pets_auto_takes_the_toys(toys, tmp_path):
     shutil.copytree(toys, tmp_path / data.TOYS)
     (tmp_path / "images.tar.gz").write_bytes(b"damaged")  # in the folder that is the mirror
@@ -1533,19 +1496,15 @@ def test_without_the_pets_auto_takes_the_toys(toys, tmp_path):
     lines = run(*words).stderr.splitlines()
     assert [line[:4] for line in lines[:3]] == ["!!! "] * 3 and list(tmp_path.glob("toy-unet-*"))
 
-
 def test_summary_and_bench(root):
     for model, parameters, first in (("unet", 31_037_633, 64 * 3 * 9 * 256**2),
                                      ("resnet34_unet", 24_451_585, 64 * 3 * 49 * 128**2)):
         table = answer("summary", model)
-        assert sum(row["parameters"] for row in table["layers"]) == table["parameters"] == parameters
-        assert table["layers"][0]["multiply_adds"] == first
+        assert sum(row["parameters"] for row in table["layers"]) == parameters
+        assert table["parameters"] == parameters and table["layers"][0]["multiply_adds"] == first
     result = answer("bench", "unet", "--root", root, *TINY, "--batch-size", 2, "--rounds", 1)
-    baseline, ours = result["baseline"], result["petseg"]
-    assert all(min(baseline[name], ours[name]) > 0 for name in ("train", "infer", "memory"))
-    assert result["fraction"]["train"] == pytest.approx(
-        3 * result["multiply_adds"] * ours["train"] / ours["peak_matmul"])
-
+    for name in ("train", "infer", "memory"):
+        assert result["baseline"][name] > 0 and result["petseg"][name] > 0
 
 ELSEWHERE = """import sys, torch
 notes = {"petseg.json": ""}
@@ -1553,35 +1512,22 @@ model = torch.export.load("model.pt2", extra_files=notes).module()
 torch.save([model(images) for images in torch.load("images.pt")], "probs.pt")
 print(*{"petseg", "layers", "data"} & set(sys.modules), notes["petseg.json"])"""
 
-
-@torch.no_grad()
-def test_a_saved_and_an_exported_model_predict_as_before(tmp_path):
-    torch.manual_seed(0)
-    names, best, path = ["sky", "tree", "car"], tmp_path / "best.pt", tmp_path / "a" / "model.pt2"
-    config = CONFIG | {"class_names": names, "model": "resnet34_unet", "width": 8}
-    model = petseg.build_model(config)
-    for name, value in model.state_dict().items():
-        if "running_var" in name or "bn.weight" in name:  # as after a long run, variances are large
-            value.uniform_(*((1e5, 2e5) if "var" in name else (200, 400)))
-    petseg.save_model(best, model, config, [{"epoch": 1, "seconds": 1.0}])
-    done = run("export", "--ckpt", best, "--out", path, "--json")
+def test_an_exported_model_works_without_petseg(trained, tmp_path):
+    path, predictor = tmp_path / "a" / "model.pt2", load(trained["resnet34_unet"])
+    words = ("export", "--ckpt", trained["resnet34_unet"], "--out")
+    done, predictor.tta = run(*words, path, "--json"), False
     assert not done.stderr and list(path.parent.iterdir()) == [path]
     images = [torch.rand(shape) for shape in ((1, 3, 64, 64), (5, 3, 64, 160), (3, 3, 128, 96))]
     torch.save(images, path.parent / "images.pt")
     there = subprocess.run([sys.executable, "-I", "-c", ELSEWHERE], cwd=path.parent, text=True,
                            capture_output=True)
     notes = json.loads(there.stdout)  # and no module of petseg was named before it
-    assert notes["class_names"] == names and notes["mean"] == [*data.MEAN]
-    before, after = petseg.Predictor(model, config, tta=False), load(best)
-    after.tta = False
-    for x, exported in zip(images, torch.load(path.parent / "probs.pt"), strict=True):
-        for probs in (exported, layers.probabilities(after(x))):
-            torch.testing.assert_close(probs, layers.probabilities(before(x)), rtol=0, atol=0.01)
-        assert exported.std() > 0.05
+    assert notes["class_names"] == TWO and notes["mean"] == [*data.MEAN]
+    for x, probs in zip(images, torch.load(path.parent / "probs.pt"), strict=True):
+        torch.testing.assert_close(probs, predictor(x).sigmoid(), rtol=0, atol=1e-5)
     onnx = all(map(importlib.util.find_spec, ("onnx", "onnxscript")))
-    words = ("export", "--ckpt", best, "--out", tmp_path / "model.onnx")
+    words += (tmp_path / "model.onnx",)
     assert answer(*words) if onnx else "pip install onnx onnxscript" in refused(*words)
-
 
 @pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in petseg.COMMANDS)])
 def test_help_comes_without_torch(words):
@@ -1589,7 +1535,6 @@ def test_help_comes_without_torch(words):
                           capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("usage:")
     assert "torch" not in done.stderr and "argparse" in done.stderr
-
 
 def test_hostile_checkpoints_are_refused_at_once(trained, tmp_path):
     class Code:
@@ -1622,7 +1567,6 @@ def test_hostile_checkpoints_are_refused_at_once(trained, tmp_path):
         assert int(run("infer", "--ckpt", path, tmp_path, code=2).peak) < 5 * 10**5
     assert "0.pt is of an older version" in refused("infer", "--ckpt", tmp_path / "0.pt", tmp_path)
 
-
 def test_no_bit_of_a_checkpoint_flips_unseen(trained, tmp_path):
     content, good = (trained["unet"] / "best.pt").read_bytes(), load(trained["unet"])
     entry, rng = content.rindex(b"PK\x01\x02"), np.random.default_rng(0)
@@ -1639,11 +1583,9 @@ def test_no_bit_of_a_checkpoint_flips_unseen(trained, tmp_path):
             weights = zip(predictor.model.parameters(), good.model.parameters(), strict=True)
             assert all(torch.equal(*pair) for pair in weights), (place - entry, bit)
 
-
 @pytest.mark.parametrize("words, expected", [
     ("train", "./run.sh train unet, or train resnet34_unet"),
     ("train unet --size 31", "31.*./run.sh train -h"),
-    ("train unet --size 64,96", "256x512, not '64,96'"),
     ("train unet --augment swirl=1", "none, flip, full, strong.*rotate.*swirl"),
     ("train unet {toys} --compile --grad-checkpoint", "--compile and --grad-checkpoint"),
     ("train unet --data {folder}/own --root {folder}", "png holds(.|\n)*\n  64 0 128 class"),
@@ -1651,10 +1593,8 @@ def test_no_bit_of_a_checkpoint_flips_unseen(trained, tmp_path):
     ("train unet {toys} --init-from {run} --width 3", "of another model"),
     ("train resnet34_unet {toys} --width 4", "--width .* must be 8 or more"),
     ("train --resume {folder}", "has no last.pt.*--init-from"),
-    ("eval --ckpt {run} --threshold 2", "threshold.*0 to 1"),
     ("eval --ckpt {run}/last.pt", "not the best.pt of a run.*last.pt"),
     ("infer --ckpt {folder}/nowhere.pt {folder}", "no checkpoint.*nowhere.pt"),
-    ("infer --ckpt {run} {folder}/nowhere", "no file or folder.*nowhere"),
     ("infer --ckpt {run} {folder} --save drawing", "mask, overlay, cutout, panel, not drawing"),
     ("compare {folder}/own", "own is no run"),
     ("data check --root {folder}", "./run.sh data get"),
