@@ -1024,6 +1024,8 @@ def compare(args):
             history = [{key: float(value) for key, value in row.items()}
                        | {"epoch": int(row["epoch"])} for row in csv.DictReader(file)]
         config, test = json.loads((folder / "config.json").read_text()), folder / "test.json"
+        if "class_names" not in config:
+            raise UserError(f"{folder} is of an older version of petseg")
         metric = main_metric(config)
         best = max(history, key=lambda row: row[f"val_{metric}"])
         histories[name] = history
