@@ -218,7 +218,7 @@ RGB_FLAG = 1 << 24  # a mask's colour as an integer: RGB_FLAG + 0xrrggbb
 
 class Sample(NamedTuple):
     """An image and its mask; `classes` says what the mask's values mean: {value: label}, or None
-    for two classes by the rule of `two_classes`."""
+    for two classes by the rule of `binary_labels`."""
     name: str
     image: Path
     mask: Path
@@ -284,7 +284,7 @@ def read_mask(path, classes):
     """A mask file as labels (H, W) of its own size; `classes` as in Sample."""
     values = read_mask_values(path, colours=classes and max(classes) >= RGB_FLAG)
     if classes is None:
-        labels = two_classes(values, jpeg=Path(path).suffix.lower() in (".jpg", ".jpeg"))
+        labels = binary_labels(values, jpeg=Path(path).suffix.lower() in (".jpg", ".jpeg"))
         if labels is None:
             lines = [f"{format_value(value)} {'void' if value == 255 else f'class{i}'}"
                      for i, value in enumerate(np.unique(values)[:20])]
@@ -316,7 +316,7 @@ def read_mask_values(path, colours=False):
         values = np.asarray(image.getchannel(0) if len(image.getbands()) > 1 else image)
         return values.astype(np.uint8) if values.dtype == bool else values
 
-def two_classes(values, jpeg=False):
+def binary_labels(values, jpeg=False):
     """Labels of a mask without classes.txt, or None where its values do not say them: 0, 1 and
     maybe 255 (ignored); or dark (≤ 32) background and a light (≥ 223) object. At soft edges up to
     5% of the pixels may lie between; they are cut at 128. JPEG blurs values, so 1 is dark there."""
@@ -408,7 +408,7 @@ def scan_dataset(folder, classes="pet", cityscapes_classes="19", random_split=No
                         "annotations/trimaps; its classes are those of its masks")
     if (folder / "leftImg8bit").is_dir():
         return scan_cityscapes(folder, cityscapes_classes)
-    return scan_pairs(folder, random_split)
+    return scan_image_and_mask_folders(folder, random_split)
 
 def scan_pets(folder, classes):
     """The layout of the Oxford-IIIT Pets. Every tenth line of trainval.txt, the first included, is
@@ -450,7 +450,7 @@ def scan_cityscapes(folder, number):
             samples.append(Sample(name, image, masks / f"{name}_gtFine_labelIds.png", classes))
     return Dataset(folder, "Cityscapes", [CITYSCAPES[i - 4] for i in ids], splits, {}, [])
 
-def scan_pairs(folder, random_split):
+def scan_image_and_mask_folders(folder, random_split):
     """A folder of images beside one of masks, with train, val, test above or below the two; without
     any, a random split."""
     def child(parent, names):

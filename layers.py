@@ -245,7 +245,7 @@ def class_weights(mode, frequencies):
     return (weights / weights[frequencies > 0].mean()).float()
 
 # --------------------------------------------------------------------------------------- metrics
-def predict_mask(probs, threshold=0.5):
+def probs_to_mask(probs, threshold=0.5):
     """Probabilities (B, C, H, W) to class indices (B, H, W): argmax, or p ≥ threshold if C = 1."""
     if probs.shape[1] == 1:
         return (probs[:, 0] >= threshold).byte()
@@ -308,7 +308,7 @@ def scale_size(size, factor):
     """A fraction of an image size, in multiples of 16 from 32 up."""
     return size if factor == 1 else tuple(max(32, 16 * round(n * factor / 16)) for n in size)
 
-def train_size(config, epoch):
+def train_image_size(config, epoch):
     """Progressive resizing: two thirds of the first `progressive` epochs train at 1/2 size, the
     others at 3/4. For as many pixels val Dice is 0.891 with it, 0.873 without (UNet, two seeds)."""
     small = round(config["progressive"] * config["epochs"], 6)  # epochs; else 3 · 0.7 > 2.1
@@ -318,10 +318,10 @@ def train_size(config, epoch):
 
 def epoch_progress(config):
     """The fraction of the run's pixels that is done before each epoch, from 0.0 to a final 1.0."""
-    pixels = [math.prod(train_size(config, epoch)) for epoch in range(1, config["epochs"] + 1)]
+    pixels = [math.prod(train_image_size(config, i + 1)) for i in range(config["epochs"])]
     return [done / sum(pixels) for done in itertools.accumulate(pixels, initial=0)]
 
-def interpolate(values, position):
+def value_at(values, position):
     """The value at a position between two indices."""
     i = int(position)
     return values[i] + (values[i + 1] - values[i]) * (position - i)
@@ -385,20 +385,20 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, params, weight_decay=0.0, momentum=0.95):
         super().__init__(params, {"lr": 0.0, "weight_decay": weight_decay, "momentum": momentum,
-                                  "parity": 0})
+                                  "odd": 0})
 
     @torch.no_grad()
     def step(self):
         [group] = self.param_groups
         # even and odd parameters take turns, with twice the learning rate: a step of ResNet34UNet
         # takes 7% less time (13% with bfloat16), of UNet 2%; the same val Dice (UNet −0.002)
-        group["parity"] = 1 - group["parity"]
+        group["odd"] = 1 - group["odd"]
         by_shape = {}  # matrices of one shape are orthogonalized together
         for i, p in enumerate(group["params"]):
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             buffer = self.state[p]["momentum_buffer"].mul_(group["momentum"]).add_(p.grad)
-            if i % 2 == group["parity"]:
+            if i % 2 == group["odd"]:
                 update = p.grad.add(buffer, alpha=group["momentum"])  # Nesterov
                 matrix = update.permute(0, 2, 3, 1).flatten(1)  # in the order of channels-last
                 by_shape.setdefault(matrix.shape, []).append((p, matrix))

@@ -175,7 +175,6 @@ import math
 import pickle
 import platform
 import re
-import shutil
 import signal
 import struct
 import subprocess
@@ -207,7 +206,7 @@ def train_step(config, model, optimizers, train_set, indices, epoch, step, class
     gradients are not finite and the step is skipped. Every random draw depends on (seed, epoch,
     step, rank) alone."""
     device, classes = next(model.parameters()).device, len(config["class_names"])
-    size, seed = layers.train_size(config, epoch), config["seed"]
+    size, seed = layers.train_image_size(config, epoch), config["seed"]
     sums = torch.zeros(4, device=device)
     counts = torch.zeros(classes, 3, dtype=torch.long, device=device)
     bn_stats = [buffer.clone() for buffer in model.buffers()]
@@ -229,7 +228,7 @@ def train_step(config, model, optimizers, train_set, indices, epoch, step, class
         # each image counts the same, however the batches fall; DDP averages gradients over ranks
         (loss * len(batch) * world_size() / len(indices)).backward()
 
-        mask = layers.predict_mask(layers.probabilities(logits.detach()))
+        mask = layers.probs_to_mask(layers.probabilities(logits.detach()))
         image_counts = layers.count_pixels(mask, target, classes)
         dice, iou = layers.dice_and_iou(image_counts[:, 1])
         sums += torch.stack((loss.detach() * len(batch), sums.new_tensor(len(batch)),
@@ -306,7 +305,7 @@ def train(args):
                     f"--resume {shlex.quote(str(folder))}")
                 raise SystemExit(128 + signum)
 
-            done = layers.interpolate(progress, run.epoch - 1 + (step + 0.5) / len(steps))
+            done = layers.value_at(progress, run.epoch - 1 + (step + 0.5) / len(steps))
             lr = layers.SCHEDULES[config["schedule"]](config, done, val_scores(run, config))
             set_lr(optimizers, lr)
             result = train_step(config, train_model, optimizers, train_set, steps[step], run.epoch,
@@ -328,7 +327,7 @@ def train(args):
                             f"{data.format_time((1 - done) / speed)} left")
 
         predictor = Predictor(ema_model, config)
-        best = end_epoch(folder, run, config, lr,
+        best = finish_epoch(folder, run, config, lr,
                          *evaluate(predictor, val_set, config["loss"], class_weights))
         if rank() == 0:
             # last.pt comes last: killed before it, the epoch is done again and writes the same
@@ -355,7 +354,7 @@ def evaluate(predictor, split, loss="bce_dice", class_weights=None, batch_size=3
         images, labels = data.get_batch(split, torch.arange(n)[shard], device)
         target, logits = eval_target(config, labels), predictor(images)
         loss_sum += layers.LOSSES[loss](logits, target, class_weights) * len(images)
-        mask = layers.predict_mask(layers.probabilities(logits), predictor.threshold)
+        mask = layers.probs_to_mask(layers.probabilities(logits), predictor.threshold)
         counts[shard] = layers.count_pixels(mask, target, classes)
     return float(all_reduce(loss_sum)) / n, all_reduce(counts).cpu()
 
@@ -519,7 +518,7 @@ def set_lr(optimizers, lr):
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
 
-def end_epoch(folder, run, config, lr, val_loss, val_counts):
+def finish_epoch(folder, run, config, lr, val_loss, val_counts):
     """Adds the row of an epoch to the history and logs it; returns whether it is the best yet."""
     loss_sum, n, dice_sum, iou_sum = run.sums.tolist()
     if not n or not math.isfinite(val_loss):
@@ -528,7 +527,7 @@ def end_epoch(folder, run, config, lr, val_loss, val_counts):
     columns = ("dice", "iou") if metric == "dice" else ("mean_dice", "mean_iou")
     train = layers.class_metrics(run.counts.cpu(), names)
     train |= {"dice": dice_sum / n, "iou": iou_sum / n}
-    height, width = layers.train_size(config, run.epoch)
+    height, width = layers.train_image_size(config, run.epoch)
     val = compute_metrics(val_counts, names)
     row = {"epoch": run.epoch, "image_height": height, "image_width": width,
            "train_loss": loss_sum / n, **{f"train_{name}": train[name] for name in columns},
@@ -554,7 +553,7 @@ def draw_samples(path, predictor, split, indices):
     """A grid of photo | ground truth | prediction for some images of a split."""
     config, names = predictor.config, predictor.config["class_names"]
     images, labels = data.get_batch(split, torch.as_tensor(indices), predictor.device)
-    masks = layers.predict_mask(layers.probabilities(predictor(images)), predictor.threshold)
+    masks = layers.probs_to_mask(layers.probabilities(predictor(images)), predictor.threshold)
     target = eval_target(config, labels)
     scores = image_scores(layers.count_pixels(masks, target, len(names))).tolist()
     truths = torch.where(target == data.IGNORE_INDEX, 0, target).cpu().numpy()
@@ -610,28 +609,44 @@ def terminate(*_):
     raise SystemExit(143)
 
 # --------------------------------------------------------------------------- runs and checkpoints
+DEFAULTS = {name: default for name, (default, *_) in OPTIONS.items()}
+CONFIG_EXAMPLE = DEFAULTS | {"width": 16, "size": (), "class_names": [], "random_split": {}}
 RESUME_OVERRIDES = ("epochs", "threads", "save_every", "checkpoint_minutes", "root", "data")
 
 def open_run(args, device):
-    """(folder, config, last.pt): of a new run, where last.pt is None, or of one to go on with. Of a
-    finished run (folder, None, its result)."""
-    typed, run_id = typed_options(args), os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    """(folder, config, last.pt or None) of a run; of a finished one (folder, None, its result)."""
+    typed, run_id = explicit_options(args), os.environ.get("TORCHELASTIC_RUN_ID", "none")
     folder = Path(args.resume) if args.resume else args.name and Path(args.out) / args.name
     if not folder or not has_checkpoint(folder):
         if folder and (args.resume or (folder / "best.pt").exists()):
-            raise UserError(f"{folder} has no last.pt to go on with; name a folder in {args.out}, "
-                            "or take the weights of a best.pt: train MODEL --init-from BEST")
+            raise UserError(f"{folder} has no last.pt; try another --name with --init-from BEST")
         if not args.model:
             raise UserError(f"which model? {PROGRAM} train unet, or train resnet34_unet")
         name, _ = find_data(args.data or "auto", args.root or "data", args.url)
-        config = resolve_config(typed, device, toy=name == "toy")
-        config["data"] = name if config["data"] == "auto" else config["data"]
-        if run_id == "none":
-            run_id = f"{datetime.now():%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
-        folder = folder or Path(args.out) / f"{name}-{config['model']}-{run_id}"
-    if has_checkpoint(folder):
-        return resume_run(folder, typed, device)
-    return folder, config | environment_info(device), None
+        typed["data"] = name if args.data in (None, "auto") else args.data
+        config = resolve_config(typed, device, toy=name == "toy") | environment_info(device)
+        stamp = f"{datetime.now():%Y%m%d-%H%M%S-%f}" if run_id == "none" else run_id
+        folder = folder or Path(args.out) / f"{name}-{args.model}-{stamp}"
+    if not has_checkpoint(folder):
+        return folder, config, None
+
+    lock_run(folder)
+    last, result, now = load_last(folder), folder / "test.json", environment_info(device)
+    config, resolved = last["config"], {"data": "auto", "precision": "auto"}
+    changed = {name: value for name, value in typed.items()
+               if value not in (config[name], resolved.get(name))}
+    for name in changed.keys() - RESUME_OVERRIDES:
+        raise UserError(f"{folder} was begun with --{name.replace('_', '-')} {config[name]}, not "
+                        f"{changed[name]}; leave it out, or begin a new run with another --name")
+    if "epochs" in changed:
+        config["command"] += f", resumed with --epochs {changed['epochs']}"
+    for name in ("threads", "processes"):
+        if config[name] != now[name]:
+            log(f"warning: {config[name]} {name} before, now {now[name]}: not bit-exact any more")
+    config |= changed | now
+    if last["epoch"] > config["epochs"] and result.is_file():
+        return folder, None, json.loads(result.read_text())
+    return folder, config, last
 
 def lock_run(folder):
     """Keeps other processes from training in a folder for as long as this one lives."""
@@ -640,93 +655,66 @@ def lock_run(folder):
 
 def has_checkpoint(folder):
     """Whether a folder holds a run to go on with."""
-    return any((folder / name).exists() for name in ("last.pt", "previous.pt"))
+    return (folder / "last.pt").exists() or (folder / "previous.pt").exists()
 
-def typed_options(args):
+def explicit_options(args):
     """The options of a run that were typed."""
     return {name: value for name, value in vars(args).items()
             if name in ("model", *OPTIONS) and value is not None}
 
-def resume_run(folder, typed, device):
-    """What `open_run` returns for a run that has a checkpoint."""
-    lock_run(folder)
-    last = load_last(folder)
-    config = {name: default for name, (default, *_) in OPTIONS.items()} | last["config"]
-    for name, value in typed.items():
-        if value == "auto" and name in ("data", "precision"):  # resolved when the run began
-            continue
-        if value != config[name] and name not in RESUME_OVERRIDES:
-            raise UserError(f"{folder} was begun with --{name.replace('_', '-')} {config[name]}, "
-                            f"not {value}; leave it out, or begin a new run with another --name")
-        if name == "epochs" and value != config["epochs"]:
-            config["command"] += f", resumed with --epochs {value}"
-        config[name] = value
-    before = last["config"]["threads"], last["config"]["processes"]
-    now = torch.get_num_threads(), world_size()
-    if before != now:
-        log("warning: not bit-exact any more, as sums are rounded in another order: the run had "
-            "{} threads and {} processes, now {} and {}".format(*before, *now))
-    result = folder / "test.json"
-    if last["epoch"] > config["epochs"] and result.is_file():
-        return folder, None, json.loads(result.read_text())
-    return folder, config | environment_info(device), last
-
 def resolve_config(typed, device, toy=False):
     """Every option of a run: what was typed, else the default that fits machine and data."""
-    config = {name: default for name, (default, *_) in OPTIONS.items()}
-    config |= {"size": (128, 128), "batch_size": 16, "random_split": {},
-               "width": 16 if typed["model"] == "unet" else 32,
-               "command": shlex.join(["petseg.py", *sys.argv[1:]])}
-    if device.type == "cuda":
-        config |= {"size": (256, 256), "batch_size": 32, "width": 64}
+    gpu, unet = device.type == "cuda", typed["model"] == "unet"
+    config = DEFAULTS | {
+        "size": (256, 256) if gpu else (128, 128), "batch_size": 32 if gpu else 16,
+        "width": 64 if gpu else 16 if unet else 32, "epochs": 16 if toy and unet else 20,
+        "random_split": {}, "command": shlex.join(["petseg.py", *sys.argv[1:]])}
     if "init_from" in typed:
-        start = load_checkpoint(typed["init_from"], BEST)["config"]
-        config |= {name: start[name] for name in ("width", "upsample", "size")}
-    config |= {"epochs": 16 if toy and typed["model"] == "unet" else 20, **typed}
-    # the longer a run, the stronger the augmentation: val Dice of UNet is 0.910 with `full`, 0.897
-    # with `strong` after 11 epochs; 0.934 with `full` after 265, 0.937 with `strong` after 232
-    if config["augment"] is None:
-        preset = "flip" if toy else "strong" if config["epochs"] >= 100 else "full"
-        config["augment"] = AUGMENT_PRESETS[preset]
+        start = load_checkpoint(typed["init_from"], BEST_KEYS)["config"]
+        model = {name: start[name] for name in ("model", "width", "upsample")}
+        if typed | model != model | typed:
+            raise UserError(f"the weights in {typed['init_from']} are of another model, {model}")
+        config |= model | {"size": start["size"]}
+    config |= typed
+    config["precision"] = pick_precision(config["precision"], device)
     if config["lr"] is None:
         config["lr"] = 0.02 if config["optimizer"] == "muon" else 0.004
+    if config["augment"] is None:
+        # val Dice of UNet, `full` and `strong`: 0.910 and 0.897 after 11 epochs, 0.934 and 0.937
+        # after 250 (a run each); test Dice on toys, `full` and `flip`: 0.941 and 0.962
+        preset = "flip" if toy else "strong" if config["epochs"] >= 100 else "full"
+        config["augment"] = AUGMENT_PRESETS[preset]
     if config["compile"] and config["grad_checkpoint"]:
         raise UserError("--compile and --grad-checkpoint do not go together; leave out one of them")
-    if config["model"] == "resnet34_unet" and config["width"] < 8:  # oneDNN 3.x on AVX2 CPUs: 1×1
-        raise UserError("--width of resnet34_unet must be 8 or more: with fewer channels torch "
-                        "corrupts memory on some CPUs")  # convolutions with stride 2
-    config["precision"] = pick_precision(config["precision"], device)
+    if not unet and config["width"] < 8:  # oneDNN 3.x, 1×1 convolutions with stride 2
+        raise UserError("--width of resnet34_unet must be 8 or more: less can crash torch on a CPU")
     return config
 
 def environment_info(device):
     """What a run runs on."""
-    git = shutil.which("git") and subprocess.run(["git", "rev-parse", "HEAD"], text=True,
-                                                 cwd=Path(__file__).parent, capture_output=True)
-    cpu = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-    machine = (re.findall(r"model name\s*: (.*)", cpu) or [platform.processor()])[0]
-    if device.type == "cuda":
-        machine = torch.cuda.get_device_name(device)
-    return {"device": str(device), "machine": machine, "threads": torch.get_num_threads(),
-            "processes": world_size(), "commit": git.stdout.strip() if git else None,
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, text=True,
+                         capture_output=True)
+    cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    cpu = (re.findall(r"model name\s*: (.*)", cpuinfo) or [platform.processor()])[0]
+    return {"device": str(device), "threads": torch.get_num_threads(), "processes": world_size(),
+            "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
             "system": platform.platform(), "python": platform.python_version(),
-            "torch": str(torch.__version__)}
+            "torch": str(torch.__version__), "commit": git.stdout.strip() or None}
 
 def log_start(folder, config, resumed):
-    """What runs where, with every option as resolved; and whether other work is in its way: each
-    operation waits for the slowest thread, so two threads on two cores train at a third of their
-    speed beside one busy process."""
+    """What runs where, and whether other work slows it: an operation waits for all its threads."""
     log(f"{'resuming' if resumed else 'training'} {folder} on {config['device']}, "
         f"{world_size()} processes, {config['threads']} threads\n"
         + ", ".join(f"{name} {config[name]}" for name in ("model", *OPTIONS)))
-    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0, os.cpu_count()
-    if config["device"] == "cpu" and config["threads"] > max(1, cores - load + 0.3):
-        log(f"the machine is busy (load {load:.1f}); --threads {max(1, cores - math.ceil(load))} "
-            "may be faster")
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
+    free = max(1, math.floor(os.cpu_count() - load + 0.3))
+    if config["device"] == "cpu" and config["threads"] > free:
+        log(f"the machine is busy (load {load:.1f}); --threads {free} may be faster")
 
-# the keys of a best.pt and of a last.pt; what zipfile and torch raise at damaged files
-BEST = {"config", "weights", "metrics"}
-LAST = {"config", "model", "ema", "optimizers", "epoch", "step", "skipped", "seconds", "history",
-        "sums", "counts", "train_images"}
+BEST_KEYS = {"config", "weights", "metrics"}  # the keys of a best.pt
+LAST_KEYS = {"config", "model", "ema", "optimizers", "epoch", "step", "skipped", "seconds",
+             "history", "sums", "counts", "train_images"}  # and of a last.pt
+# what zipfile and torch raise at files that are damaged or made to do harm
 LOAD_ERRORS = (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, LookupError,
                TypeError, AttributeError, AssertionError, ArithmeticError, EOFError, MemoryError,
                OSError, struct.error, zlib.error)
@@ -743,85 +731,79 @@ def save_checkpoint(path, content):
         os.close(folder)
 
 def load_checkpoint(path, keys, device="cpu"):
-    """Reads a checkpoint with these keys, BEST or LAST, or refuses it. The CRCs of its zip are
-    verified first; nothing in it is executed."""
-    path, name, content = Path(path), "best.pt" if keys is BEST else "last.pt", None
+    """Reads a checkpoint with BEST_KEYS or LAST_KEYS. It may come from anywhere: nothing in it is
+    executed; its CRCs must be right, its config that of a model, its weights finite and its own."""
+    path, name = Path(path), "best.pt" if keys is BEST_KEYS else "last.pt"
     path = path / name if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
-    with contextlib.suppress(*LOAD_ERRORS):  # torch's message tells how to load files with code
+    try:
         with zipfile.ZipFile(path) as archive:
             size = sum(part.file_size for part in archive.infolist())
-            if size <= path.stat().st_size and not archive.testzip():  # else it is a zip bomb
-                content = torch.load(path, map_location=device, weights_only=True)
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged, or is no checkpoint of petseg")
-    if "petseg" in content:
-        raise UserError(f"{path} is of an older version of petseg, and cannot be read by this one")
-    if not all(isinstance(content.get(key, {}), dict)
-               for key in ("config", "weights", "metrics", "model", "ema")):
-        raise UserError(f"{path} is damaged, or is no checkpoint of petseg")
-    if not keys <= content.keys():
-        other = "last.pt" if keys is BEST else "best.pt"
-        raise UserError(f"{path} is not the {name} of a run; is it a {other}?")
-    return content
+            odd = any(part.compress_type or part.external_attr for part in archive.infolist())
+            if size > path.stat().st_size or odd or archive.testzip():
+                raise zipfile.BadZipFile("a zip bomb, or a flipped bit")
+        content = torch.load(path, map_location=device, weights_only=True)
+        if "petseg" in content:
+            raise UserError(f"{path} is of an older version of petseg; train again")
+        if not keys <= content.keys():
+            raise UserError(f"{path} is not the {name} of a run; a last.pt is for --resume")
+        config = content["config"] = DEFAULTS | content["config"]
+        names, size = config["class_names"], config["size"]
+        wrong = [name for name, example in CONFIG_EXAMPLE.items()
+                 if example is not None and not isinstance(config[name], type(example))]
+        if wrong or not (2 <= len(names) <= 101 and len(size) == 2
+                         and 32 <= min(size) <= max(size) <= 2**15):
+            raise ValueError(wrong or "classes or size")
+        for key in keys & {"weights", "model", "ema"}:
+            # a copy, as torch notes in a state dict that it is to be assigned
+            build_empty(config).load_state_dict(dict(content[key]), assign=True)
+            if not all_finite(content[key]):
+                raise UserError(f"the weights in {path} are not all finite; take another file")
+        return content
+    except (UserError, PermissionError):
+        raise
+    except LOAD_ERRORS as error:  # torch's own words advise to execute what is in the file
+        raise UserError(f"{path} is damaged, or holds no model of petseg") from error
 
-def load_weights(model, weights, path):
-    """Puts weights into a model, if they are its own and finite. A model on the meta device takes
-    them as they are."""
-    needed = {name: value.shape for name, value in model.state_dict().items()}
-    if needed != {name: getattr(value, "shape", None) for name, value in weights.items()}:
-        raise UserError(f"the weights in {path} are of another model: other type, width, "
-                        "upsampling or number of classes")
-    if not all_finite(weights):
-        raise UserError(f"the weights in {path} are not all finite; take another checkpoint")
-    weights = {name: value.float() if value.is_floating_point() else value
-               for name, value in weights.items()}
-    try:
-        model.load_state_dict(weights, assign=model.head.weight.is_meta)
-    except RuntimeError as error:
-        raise UserError(f"the weights in {path} cannot be used: {error}") from error
+def build_empty(config):
+    """The model of a config on the meta device, where even an absurd width takes no memory."""
+    with torch.device("meta"):
+        return build_model(config)
 
 def all_finite(weights):
     """Whether all numbers of a state dict are finite."""
     return all(value.isfinite().all() for value in weights.values())
 
 def save_last(folder, run, config, model, ema_model, optimizers):
-    """Writes last.pt, all that a resume needs, and keeps the one before as previous.pt; returns the
-    time."""
+    """Writes last.pt and keeps the one before as previous.pt; returns the time."""
     if not (all_finite(model.state_dict()) and all_finite(ema_model.state_dict())):
         abort_run(folder, run, "the weights are not finite")
     if rank() == 0:
         data.write_json(folder / "config.json", config)
-        last, new = folder / "last.pt", folder / "next.pt"
-        save_checkpoint(new, {
+        save_checkpoint(folder / "next.pt", {
             "config": config, "model": model.state_dict(), "ema": ema_model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in optimizers], **vars(run)})
-        if last.exists():
-            os.replace(last, folder / "previous.pt")
-        os.replace(new, last)
+        if (folder / "last.pt").exists():
+            os.replace(folder / "last.pt", folder / "previous.pt")
+        os.replace(folder / "next.pt", folder / "last.pt")
     return time.monotonic()
 
 def load_last(folder):
-    """The last.pt of a run or, where that is damaged or not finite, its previous.pt."""
+    """The last.pt of a run or, where that cannot be used, its previous.pt."""
     for path in (folder / "last.pt", folder / "previous.pt"):
         try:
-            last = load_checkpoint(path, LAST)
-            if all_finite(last["model"]) and all_finite(last["ema"]):
-                return last
-            raise UserError(f"the weights in {path} are not all finite")
+            return load_checkpoint(path, LAST_KEYS)
         except UserError as error:
             log(f"warning: {error}")
-    raise UserError(f"{folder} has no checkpoint to go on with; if there is a best.pt, train MODEL "
-                    f"--init-from {folder / 'best.pt'} begins a new run with its weights")
+    raise UserError(f"{folder} cannot go on; begin anew: train MODEL --init-from {folder}/best.pt")
 
 def restore(run, model, ema_model, optimizers, last, folder):
     """Puts what a last.pt holds into a run."""
     if last["train_images"] != run.train_images:
-        raise UserError(f"the training images are not those that {folder} was begun with; bring "
-                        "them back, or begin a new run with another --name")
-    load_weights(model, last["model"], folder / "last.pt")
-    load_weights(ema_model, last["ema"], folder / "last.pt")
+        raise UserError(f"the training images are not those of {folder}; take another --name")
+    model.load_state_dict(last["model"])
+    ema_model.load_state_dict(last["ema"])
     for optimizer, state in zip(optimizers, last["optimizers"]):
         optimizer.load_state_dict(state)
     vars(run).update({name: last[name] for name in vars(run)})
@@ -830,57 +812,39 @@ def restore(run, model, ema_model, optimizers, last, folder):
 
 def init_from(model, config):
     """Starts from the weights of a best.pt; where it has other classes, the head stays random."""
-    start = load_checkpoint(config["init_from"], BEST)
-    names = start["config"]["class_names"]
+    start = load_checkpoint(config["init_from"], BEST_KEYS)
+    weights, names = start["weights"], start["config"]["class_names"]
     if len(names) != len(config["class_names"]):
         log(f"{config['init_from']} has the classes {', '.join(names)}: the head starts at random")
-        head = {name: model.state_dict()[name] for name in ("head.weight", "head.bias")}
-        start["weights"] |= head
-    load_weights(model, start["weights"], config["init_from"])
+        weights |= {f"head.{name}": value for name, value in model.head.state_dict().items()}
+    model.load_state_dict(weights)
     config["command"] += f", begun with the weights of {start['config']['command']}"
 
 def save_model(path, model, config, history):
-    """Writes a best.pt: the weights in half precision, and how they came about. Batch norms stay in
-    fp32: in a long run their variances grow beyond the 65504 of half precision."""
-    weights = {name: value.half() if value.dim() > 1 else value
+    """Writes a best.pt: the weights, in half precision, and how they came about."""
+    weights = {name: value.half() if value.dim() > 1 else value  # a variance may exceed its 65504
                for name, value in model.state_dict().items()}
     metrics = history[-1] | {"seconds": sum(row["seconds"] for row in history)}
     save_checkpoint(path, {"config": config, "weights": weights, "metrics": metrics})
 
-# what a config must hold to be used, since a file may come from anywhere
-CONFIG_TYPES = {"model": str, "width": int, "upsample": str, "dropout": float, "size": tuple,
-                "class_names": list, "border": str, "data": str, "root": str, "classes": str,
-                "cityscapes_classes": str, "random_split": dict, "command": str}
-
 def load_predictor(args, path):
     """The model of a best.pt, ready to predict; args.tta and the like say how."""
     device = setup_device(args)
-    content = load_checkpoint(path, BEST, device)
-    config = content["config"]
-    try:
-        wrong = [name for name, kind in CONFIG_TYPES.items() if not isinstance(config[name], kind)]
-        if wrong or not (2 <= len(config["class_names"]) <= 101 and len(config["size"]) == 2
-                         and all(32 <= side <= 2**15 for side in config["size"])):
-            raise ValueError(wrong or "size or classes")
-        with torch.device("meta"):  # an absurd width then takes no memory
-            model = build_model(config)
-    except LOAD_ERRORS as error:
-        raise UserError(f"{path} describes a model that cannot be: {error}") from error
-    load_weights(model, content["weights"], path)
-    threshold = getattr(args, "threshold", 0.5)
-    if threshold != 0.5 and len(config["class_names"]) > 2:
-        raise UserError(f"--threshold is for two classes; {path} has more, of which the most "
-                        "probable is taken")
-    model.to(device, memory_format=torch.channels_last)
-    precision = pick_precision(getattr(args, "precision", None) or "auto", device)
-    predictor = Predictor(model, config | {"precision": precision}, threshold,
-                          getattr(args, "tta", True))
+    options = {"threshold": 0.5, "tta": True, "precision": None} | vars(args)
+    content = load_checkpoint(path, BEST_KEYS, device)
+    config, model = content["config"], build_empty(content["config"])
+    if options["threshold"] != 0.5 and len(config["class_names"]) > 2:
+        raise UserError(f"--threshold is for two classes, and {path} has more; leave it out")
+    model.load_state_dict(content["weights"], assign=True)
+    config["precision"] = pick_precision(options["precision"] or "auto", device)
+    predictor = Predictor(model.float().to(memory_format=torch.channels_last), config,
+                          options["threshold"], options["tta"])
     predictor.metrics = content["metrics"]
     return predictor
 
 # --------------------------------------------------------------------------- eval, infer, compare
 def eval_dataset(args, config):
-    """The dataset of --data and --root, or else that the model was trained on; its config."""
+    """The dataset that --data and --root name, or else that the model has seen; its config."""
     own = config | {"data": args.data or config["data"], "root": args.root or config["root"]}
     if Path(own["data"]).resolve() != Path(config["data"]).resolve():
         own["random_split"] = {}  # that of other data
@@ -896,55 +860,51 @@ def eval_command(args):
         predictor = load_predictor(args, args.ckpt)
         dataset, config = eval_dataset(args, predictor.config)
         split = open_split(dataset, args.split, config)
-    out, names = Path(args.out), config["class_names"]
-    counts = evaluate_and_draw_worst(predictor, split, out / f"worst-{args.split}.png")
+    worst, names = Path(args.out) / f"worst-{args.split}.png", config["class_names"]
+    counts = evaluate_and_draw_worst(predictor, split, worst)
     metrics = compute_metrics(counts, names)
-    result = {"split": args.split, "checkpoint": str(args.ckpt), **metrics}
-    text = format_metrics(args.split, metrics)
     if names == ["background", "pet"]:
         breed_of = np.array([name.rpartition("_")[0] for name in split.names])
-        result["breeds"] = {breed: compute_metrics(counts[breed_of == breed], names)
-                            for breed in np.unique(breed_of).tolist()}
-        rows = sorted(result["breeds"].items(), key=lambda item: item[1]["dice"])
-        text = format_table([{"breed": breed, **row} for breed, row in
-                             (*rows, (f"all of {args.split}", metrics))])
-    print_result(args, f"{text}\nthe worst images: {out / f'worst-{args.split}.png'}", result,
-                 out / f"{args.split}.json")
+        metrics["breeds"] = {breed: compute_metrics(counts[breed_of == breed], names)
+                             for breed in np.unique(breed_of).tolist()}
+    print_result(args, f"{format_metrics(args.split, metrics)}\nthe worst images: {worst}",
+                 {"split": args.split, "checkpoint": str(args.ckpt), **metrics},
+                 worst.with_name(f"{args.split}.json"))
 
 COLUMNS = ("file", "output", "fraction", "left", "top", "right", "bottom", "confidence", "dice",
            "iou")  # of predictions.csv; Dice and IoU at the image's own size
 
-def segment_image(predictor, outputs, out, sample, name):
+def segment_image(predictor, outputs, out, name, sample):
     """Segments one image and writes its outputs; returns its row of predictions.csv."""
-    config, names, labels = predictor.config, predictor.config["class_names"], None
-    try:
-        if sample.mask:
+    config, names = predictor.config, predictor.config["class_names"]
+    labels, truth, metrics = None, None, {}
+    if sample.mask:
+        try:
             labels = data.read_mask(sample.mask, sample.classes)
             photo = data.read_image(sample.image, mask_size=labels.shape)
-    except UserError as error:  # the photo may be good without its mask
-        log(f"warning: {error}")
-        labels = None
-    photo = data.read_image(sample.image) if labels is None else photo
+        except UserError as error:  # without its mask the photo can be segmented all the same
+            log(f"warning: {error}")
+            labels = None
+    if labels is None:
+        photo = data.read_image(sample.image)
     pixels = torch.from_numpy(data.resize(photo, config["size"])[None]).to(predictor.device)
     probs = layers.probabilities(predictor(data.to_float_nchw(pixels)))[0].cpu().numpy()
     mask, confidence = data.upsample_and_argmax(probs, photo.size[::-1], predictor.threshold)
-
-    dice, iou, truth = None, None, None
     if labels is not None:
         target = eval_target(config, torch.from_numpy(labels)[None])
         counts = layers.count_pixels(torch.from_numpy(mask)[None], target, len(names))
-        metrics, name_of = compute_metrics(counts, names), main_metric(config)
-        dice, iou = metrics[name_of.replace("iou", "dice")], metrics[name_of.replace("dice", "iou")]
+        metrics = compute_metrics(counts, names)
         truth = torch.where(target == data.IGNORE_INDEX, 0, target)[0].numpy()
-    fractions = (np.bincount(mask.ravel(), minlength=len(names)) / mask.size).tolist()
-    box = data.to_image(mask > 0).getbbox() or (None,) * 4
     for output in outputs:
         image = data.OUTPUTS[output][1](photo, mask, truth, names)
         data.save_image(image, data.output_path(out, name, output))
+    fractions = (np.bincount(mask.ravel(), minlength=len(names)) / mask.size).tolist()
+    box = data.to_image(mask > 0).getbbox() or (None,) * 4
+    scores = [metrics.get("mean_" * (len(names) > 2) + key) for key in ("dice", "iou")]
     row = dict(zip(COLUMNS, (data.escape_nonprintable(str(sample.image)), name, 1 - fractions[0],
-                             *box, confidence, dice, iou)))
+                             *box, confidence, *scores)))
     if len(names) > 2:
-        row |= {f"fraction of {name}": fraction for name, fraction in zip(names, fractions)}
+        row |= {f"fraction of {name}": f for name, f in zip(names, fractions)}
     return row
 
 def read_predictions(path, outputs):
@@ -952,96 +912,83 @@ def read_predictions(path, outputs):
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if rows and not set(COLUMNS) <= rows[0].keys():
-        raise UserError(f"{path} is not as infer writes it; move it away, or leave out "
-                        "--skip-existing")
+        raise UserError(f"{path} is not as infer writes it; move it, or leave out --skip-existing")
     return {row["output"]: row for row in rows if all(
         data.output_path(path.parent, row["output"], output).is_file() for output in outputs)}
 
 def infer(args):
     """Segments images of any size: writes what --save names, and a table of all."""
-    predictor = load_predictor(args, args.ckpt)
-    out, table = Path(args.out), Path(args.out) / "predictions.csv"
+    predictor, out = load_predictor(args, args.ckpt), Path(args.out)
     outputs = (args.save or ("mask,overlay,cutout" if args.images else "panel")).split(",")
     if unknown := set(outputs) - data.OUTPUTS.keys():
         raise UserError(f"--save knows {', '.join(data.OUTPUTS)}, not {', '.join(unknown)}")
     if args.images:
-        trimaps = "pet" in predictor.config["class_names"]  # other masks do not explain themselves
-        samples = [data.Sample(path.stem, path, data.find_ground_truth(path) if trimaps else None,
+        trimaps = "pet" in predictor.config["class_names"]  # what values mean else is not known
+        samples = [data.Sample(path.stem, path, trimaps and data.find_ground_truth(path),
                                data.TRIMAP_TO_LABEL) for path in data.find_images(args.images)
                    if not data.is_own_output(path, out)]
     else:
         samples = data.get_samples(eval_dataset(args, predictor.config)[0], "test")
-    tasks = list(zip(samples, data.unique_names([sample.image.stem for sample in samples])))
-    rows = read_predictions(table, outputs) if args.skip_existing and table.is_file() else {}
-    todo = [(sample, name) for sample, name in tasks
-            if rows.get(name, {}).get("file") != data.escape_nonprintable(str(sample.image))]
-    failed = []
+    table, names = out / "predictions.csv", data.unique_names([s.image.stem for s in samples])
+    old = read_predictions(table, outputs) if args.skip_existing and table.is_file() else {}
+    todo = {name: sample for name, sample in zip(names, samples) if old.get(name, {}).get("file")
+            != data.escape_nonprintable(str(sample.image))}
+    rows = dict.fromkeys(names) | old  # of each output name: a row, or what went wrong
+
+    def save_table():
+        data.write_csv(table, [row for row in rows.values() if isinstance(row, dict)])
 
     # one image per thread, from file to file: 342 photos of 500×375 in 9 s on two cores, start
     # included; one after the other, with both cores on each forward pass, 57 took 8 s
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     data.take_lock(out, wait=False)  # clears away what a kill has left there
-    results = data.parallel_map(lambda task: segment_image(predictor, outputs, out, *task), todo,
-                                threads)
+    results = data.parallel_map(lambda task: segment_image(predictor, outputs, out, *task),
+                                todo.items(), threads)
     try:
-        for (_, name), row in zip(todo, data.progress(results, "infer", len(todo))):
-            if isinstance(row, UserError):
-                failed.append(str(row))
-                rows.pop(name, None)
-            else:
-                rows[name] = row
-                if len(rows) % 200 == 0:  # so that a kill costs the table no more
-                    data.write_csv(table, [*rows.values()])
-    except KeyboardInterrupt:
-        log("petseg: stopped; all that was written is complete; to go on, give the same command "
-            "with --skip-existing")
-        raise SystemExit(130)
+        for i, name in enumerate(data.progress(todo, "infer", len(todo))):
+            rows[name] = next(results)
+            if i % 200 == 199:  # so that a kill costs the table no more
+                save_table()
     finally:
-        order = dict.fromkeys(name for _, name in tasks if name in rows) | dict.fromkeys(rows)
-        data.write_csv(table, [rows[name] for name in order])
+        save_table()
 
-    n, skipped = len(tasks) - len(failed), len(tasks) - len(todo)
+    failed = [str(row) for row in rows.values() if isinstance(row, UserError)]
+    scores = [(float(row["dice"]), float(row["iou"])) for row in map(rows.get, names)
+              if isinstance(row, dict) and row["dice"] not in (None, "")]
+    n, skipped = len(names) - len(failed), len(names) - len(todo)
     result = {"out": str(out), "images": n, "skipped": skipped, "failed": failed}
-    text = f"{n} image{'s' * (n != 1)}: {out}" + f" ({skipped} were there)" * bool(skipped)
-    if scored := [rows[name] for _, name in tasks
-                  if name in rows and rows[name]["dice"] not in (None, "")]:
-        result |= {key: sum(float(row[key]) for row in scored) / len(scored)
-                   for key in ("dice", "iou")}
-        text += f"\nmean Dice of {len(scored)} with known ground truth: {result['dice']:.4f}"
+    text = f"{n} of {len(names)} images: {out}" + f" ({skipped} were there)" * bool(skipped)
+    if scores:
+        result["dice"], result["iou"] = np.mean(scores, axis=0).tolist()
+        text += f"\nmean Dice of {len(scores)} with known ground truth: {result['dice']:.4f}"
     print_result(args, text, result)
     if failed:
-        raise UserError(f"{len(failed)} of {len(tasks)} images could not be read:", *failed[:5])
+        raise UserError(f"{len(failed)} of {len(names)} images could not be read:", *failed[:5])
 
 def compare(args):
     """Draws the curves of several runs into one picture and prints a table of their results."""
-    folders = [Path(folder).resolve() for folder in args.runs]
-    histories, rows, metrics = {}, [], set()
+    folders, histories, rows = [Path(folder).resolve() for folder in args.runs], {}, []
     for folder, name in zip(folders, data.unique_names([folder.name for folder in folders])):
         if not (folder / "metrics.csv").is_file():
             raise UserError(f"{folder} is no run with a finished epoch: it has no metrics.csv")
         with open(folder / "metrics.csv", newline="") as file:
-            history = [{key: float(value) for key, value in row.items()}
-                       | {"epoch": int(row["epoch"])} for row in csv.DictReader(file)]
+            histories[name] = history = [{key: json.loads(value) for key, value in row.items()}
+                                         for row in csv.DictReader(file)]
         config, test = json.loads((folder / "config.json").read_text()), folder / "test.json"
         if "class_names" not in config:
-            raise UserError(f"{folder} is of an older version of petseg")
+            raise UserError(f"{folder} is of an older version of petseg; train again")
         metric = main_metric(config)
         best = max(history, key=lambda row: row[f"val_{metric}"])
-        histories[name] = history
-        metrics.add(metric)
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in build_model(config).parameters())
         rows.append({
             "run": name, "model": config["model"], "width": config["width"],
-            "parameters": parameters, "size": "×".join(map(str, config["size"])),
-            "epochs": len(history), "best_epoch": best["epoch"],
-            f"val_{metric}": best[f"val_{metric}"],
+            "parameters": sum(p.numel() for p in build_empty(config).parameters()),
+            "size": "×".join(map(str, config["size"])), "epochs": len(history),
+            "best_epoch": best["epoch"], f"val_{metric}": best[f"val_{metric}"],
             f"test_{metric}": json.loads(test.read_text()).get(metric) if test.is_file() else None,
             "seconds": sum(row["seconds"] for row in history)})
-    if len(metrics) > 1:
-        raise UserError("runs of two classes are not compared with runs of more: their metrics "
-                        "differ")
+        if rows[0].keys() != rows[-1].keys():
+            raise UserError("runs of two classes do not compare with runs of more: metrics differ")
     data.draw_curves(args.out, histories, metric)
     print_result(args, f"{format_table(rows)}\n{args.out}", {"runs": rows, "picture": args.out})
 
@@ -1055,50 +1002,47 @@ def manage_data(args):
     elif args.action == "get" or args.data:
         folder = find_data("pets" if args.action == "get" else args.data, args.root, args.url)[1]
     elif not (folder := next(filter(Path.is_dir, folders), None)):
-        raise UserError(f"there is nothing in {args.root} to check; {PROGRAM} data get fetches the "
-                        "pets, data toy draws toy pets, --data names a folder")
+        raise UserError(f"no data in {args.root}; try {PROGRAM} data get, data toy, --data FOLDER")
     dataset = load_dataset(vars(args) | {"data": str(folder), "random_split": {}}, args.url)
-    found = data.verify(dataset)
-    errors = [error for result in found.values() for error in result.errors]
-    notes = [f"{split}: {note}" for split, result in found.items() for note in result.notes]
-    notes += [f"{split}: the class {name} never occurs" for split, result in found.items()
-              for name, fraction in zip(dataset.class_names, result.fractions) if not fraction]
-    rows = [{"split": split, "images": len(dataset.splits[split]), "errors": len(result.errors)}
-            for split, result in found.items()]
-    fractions = [{"class": name, **{split: float(result.fractions[i])
-                                    for split, result in found.items()}}
-                 for i, name in enumerate(dataset.class_names)]
-    text = [f"{folder}: {dataset.layout}", format_table(rows), "", format_table(fractions), *notes]
-    print_result(args, "\n".join(text), {
-        "folder": str(folder), "layout": dataset.layout, "class_names": dataset.class_names,
-        "splits": rows, "fractions": fractions, "errors": [*map(str, errors)], "notes": notes,
-        "warnings": dataset.warnings})
-    if errors:
-        raise UserError(f"{len(errors)} images of {folder} cannot be used:",
-                        *[error.args[0] for error in errors[:5]], *errors[0].args[1:])
+    result = {"folder": str(folder), "layout": dataset.layout, "class_names": dataset.class_names,
+              "splits": [], "fractions": [{"class": name} for name in dataset.class_names],
+              "errors": [], "notes": [], "warnings": dataset.warnings}
+    details = []
+    for split, check in data.verify(dataset).items():
+        result["splits"].append({"split": split, "images": len(dataset.splits[split]),
+                                 "errors": len(check.errors)})
+        result["errors"] += map(str, check.errors)
+        result["notes"] += [f"{split}: {note}" for note in check.notes]
+        for row, fraction in zip(result["fractions"], check.fractions.tolist()):
+            row[split] = fraction
+            result["notes"] += [f"{split}: the class {row['class']} never occurs"] * (not fraction)
+        details += [error.args for error in check.errors]
+    text = [f"{folder}: {dataset.layout}", format_table(result["splits"]), "",
+            format_table(result["fractions"]), *result["notes"]]
+    print_result(args, "\n".join(text), result)
+    if details:
+        raise UserError(f"{len(details)} images of {folder} cannot be used:",
+                        *[args[0] for args in details[:5]], *details[0][1:])
 
 def layer_table(model, width, size, upsample="transpose"):
-    """A row for each innermost layer: name, output, parameters and multiply-adds, from one forward
-    pass on the meta device, where nothing is computed."""
+    """A row for each innermost layer, from a forward pass on the meta device, without numbers."""
     rows = []
 
     def hook(layer, inputs, output):
-        macs = 0
-        if isinstance(layer, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
-            # a convolution works for each output pixel, a transposed one for each input pixel
-            pixels = output if isinstance(layer, torch.nn.Conv2d) else inputs[0]
-            macs = pixels[0, 0].numel() * layer.weight.numel()
-        rows.append({"layer": names[layer], "kind": type(layer).__name__,
+        kind = type(layer).__name__
+        # a convolution works for each output pixel, a transposed one for each input pixel
+        pixels = (inputs[0] if kind == "TransposedConv" else output)[0, 0].numel()
+        rows.append({"layer": names[layer], "kind": kind,
                      "output": "×".join(map(str, output.shape[1:])),
                      "parameters": sum(p.numel() for p in layer.parameters()),
-                     "multiply_adds": macs})
+                     "multiply_adds": pixels * layer.weight.numel() if "Conv" in kind else 0})
 
     with torch.device("meta"), torch.no_grad():
         network = layers.MODELS[model](width=width, upsample=upsample)
-        names = {layer: name for name, layer in network.named_modules()
-                 if not list(layer.children())}
+        names = {layer: name for name, layer in network.named_modules()}
         for layer in names:
-            layer.register_forward_hook(hook)
+            if not list(layer.children()):
+                layer.register_forward_hook(hook)
         network(torch.zeros(1, 3, *size))
     return rows
 
@@ -1122,15 +1066,12 @@ def export(args):
     logging.disable(logging.WARNING)
     predictor = load_predictor(SimpleNamespace(device="cpu", threads=None, precision="fp32"),
                                args.ckpt)
-    config, size = predictor.config, "×".join(map(str, predictor.config["size"]))
     # dynamic: the batch, and sides in multiples of 32 from 64 up (torch specializes on sides of 1,
     # which ResNet34UNet has at the bottom of 32)
-    batch, rows, columns = (torch.export.Dim(name, min=least) for name, least in
-                            (("batch", 1), ("rows", 2), ("columns", 2)))
-    program = torch.export.export(layers.ExportModel(predictor.model, data.MEAN, data.STD),
-                                  (torch.zeros(2, 3, 64, 96),),
-                                  dynamic_shapes=({0: batch, 2: 32 * rows, 3: 32 * columns},))
-    result = {name: config[name] for name in ("model", "class_names", "size", "command")}
+    dim, model = torch.export.Dim, layers.ExportModel(predictor.model, data.MEAN, data.STD)
+    sizes = {0: dim("batch", min=1), 2: 32 * dim("rows", min=2), 3: 32 * dim("columns", min=2)}
+    program = torch.export.export(model, (torch.zeros(2, 3, 64, 96),), dynamic_shapes=(sizes,))
+    result = {name: predictor.config[name] for name in ("model", "class_names", "size", "command")}
     notes = json.dumps(result | {"mean": data.MEAN, "std": data.STD})
     with data.atomic_path(out) as new, open(new, "wb") as file:
         if out.suffix == ".pt2":
@@ -1140,9 +1081,8 @@ def export(args):
                                      output_names=["probabilities"])
             onnx.model.metadata_props["petseg.json"] = notes
             file.write(onnx.model_proto.SerializeToString())
-    print_result(args, f"{out}: {config['model']}, trained at {size}; images (B, 3, H, W) in 0..1, "
-                 "H and W multiples of 32 from 64 up, to probabilities (B, "
-                 f"{predictor.model.head.out_channels}, H, W)", {"out": str(out), **result})
+    print_result(args, f"{out}: images (B, 3, H, W) in 0..1 to probabilities, H and W multiples of "
+                 f"32 from 64 up, best {result['size']}", {"out": str(out), **result})
 
 def baseline(config, samples, device):
     """How it is usually done: fp32, contiguous memory, each image read from its file every time and
@@ -1152,9 +1092,8 @@ def baseline(config, samples, device):
     optimizer = torch.optim.AdamW(model.parameters(), lr=config["lr"])
 
     def read(i):
-        image, labels = data.read_pair(samples[i], config["size"])
-        return (torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].contiguous().float() / 255,
-                torch.tensor(labels)[None])
+        image, labels = map(torch.tensor, data.read_pair(samples[i], config["size"]))
+        return data.to_float_nchw(image[None]).contiguous(), labels[None]
 
     def step(indices):
         pairs = [data.augment(*read(i), data.seeded_generator(i), **FULL) for i in indices]
@@ -1188,81 +1127,71 @@ def ours(config, split, device):
     return step, predict
 
 def measure(args, config, device):
-    """What `bench` asks of a fresh process: images per second of training and inference, peak
-    memory in GB, multiply-adds per second of a large matrix product."""
-    dataset = load_dataset(config, args.url)
+    """What `bench` asks of a fresh process: images/s, GB, multiply-adds/s of a matrix product."""
+    dataset, batch_size = load_dataset(config, args.url), config["batch_size"]
     split = data.to_gpu(open_split(dataset, "train", config), device)
-    if args.only == "baseline":
-        step, predict = baseline(config, dataset.splits["train"], device)
-    else:
-        step, predict = ours(config, split, device)
+    step, predict = (ours(config, split, device) if args.only == "petseg" else
+                     baseline(config, dataset.splits["train"], device))
     side = 2048 if device.type == "cpu" else 8192
     matrix = torch.randn(side, side, device=device).to(DTYPES[config["precision"]])
-    batches = data.epoch_order(len(split.names), 1, 0, 1).split(config["batch_size"])
+    batches = data.epoch_order(len(split.names), 1, 0, 1).split(batch_size)
 
-    def seconds(work, repetitions=12, warmup=3):
-        for i in range(warmup + repetitions):
-            if i == warmup:
+    def rate(work, amount):
+        for i in range(-3, 12):  # the first three warm up
+            if i == 0:
                 start = time.perf_counter()
             work(batches[i % len(batches)])
             if device.type == "cuda":
                 torch.cuda.synchronize()
-        return (time.perf_counter() - start) / repetitions
+        return 12 * amount / (time.perf_counter() - start)
 
-    result = {"train": config["batch_size"] / seconds(step),
-              "infer": config["batch_size"] / seconds(predict)}
+    result = {"train": rate(step, batch_size), "infer": rate(predict, batch_size)}
     if device.type == "cuda":
         result["memory"] = torch.cuda.max_memory_allocated() / 1e9
     elif resource:
         unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
         result["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-    return result | {"peak_matmul": side**3 / seconds(lambda _: matrix @ matrix)}
+    return result | {"peak_matmul": rate(lambda _: matrix @ matrix, side**3)}
 
 def bench(args):
-    """The plain way to write such a program against this one: images per second, peak memory, the
-    fraction of the machine's matrix rate. In fresh processes, in turns."""
+    """Measures the plain way to write such a program and this one, in fresh processes by turns."""
     device = setup_device(args)
-    config = resolve_config(typed_options(args), device) | {
+    config = resolve_config(explicit_options(args), device) | {
         "root": args.root or "data", "class_names": ["background", "pet"], "augment": FULL}
     if args.only:
         return print_result(args, "", measure(args, config, device))
-    find_data(config["data"], config["root"], args.url)  # fetched or drawn before the clock runs
-    rounds, status = {"baseline": [], "petseg": []}, data.StatusLine()
+    rounds = {"baseline": [], "petseg": []}
     for i in range(args.rounds):
         for variant, results in rounds.items():
-            status.show(f"round {i + 1} of {args.rounds}: {variant}")
+            log(f"round {i + 1} of {args.rounds}: {variant}")
             child = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--json", "--only",
                                     variant], stdout=subprocess.PIPE, text=True)
             if child.returncode:
                 raise SystemExit(child.returncode)
-            results.append(json.loads(child.stdout.splitlines()[-1]))
-    medians = {variant: {key: float(np.median([result[key] for result in results]))
-                         for key in results[0]} for variant, results in rounds.items()}
-    rows = [{args.model: name, **{variant: medians[variant][name] for variant in medians},
-             "ratio": medians["petseg"][name] / medians["baseline"][name]}
-            for name in medians["petseg"] if name != "peak_matmul"]
+            results.append(json.loads(child.stdout))
+    plain, mine = [{key: float(np.median([result[key] for result in results]))
+                    for key in results[0]} for results in rounds.values()]
+    rows = [{args.model: name, "baseline": plain[name], "petseg": mine[name],
+             "ratio": mine[name] / plain[name]} for name in mine if name != "peak_matmul"]
     macs = sum(row["multiply_adds"]
                for row in layer_table(args.model, config["width"], config["size"]))
     # backward is two more convolutions for each: for its input and for its weights
-    fraction = {name: work * macs * medians["petseg"][name] / medians["petseg"]["peak_matmul"]
+    fraction = {name: work * macs * mine[name] / mine["peak_matmul"]
                 for name, work in (("train", 3), ("infer", 1))}
-    print_result(args, f"{format_table(rows)}\nimages/s, GB; of the rate at which the machine "
-                 f"multiplies large matrices training reaches {fraction['train']:.0%}, inference "
-                 f"{fraction['infer']:.0%}", {**medians, "fraction": fraction, "rounds": rounds,
-                                              "multiply_adds": macs, "config": config})
+    print_result(args, f"{format_table(rows)}\nimages/s, GB; of the machine's matrix rate training "
+                 f"reaches {fraction['train']:.0%}, inference {fraction['infer']:.0%}",
+                 {"baseline": plain, "petseg": mine, "fraction": fraction, "rounds": rounds,
+                  "multiply_adds": macs, "config": config})
 
 # ------------------------------------------------------------------- several processes, and output
-# torchrun starts this program once per GPU, or as often as it is told; in a single process nothing
-# here does a thing
-
+# torchrun starts this program once per GPU, or as often as it is told; else nothing here acts
 def init_distributed():
     """Joins the other processes, if torchrun has started this one."""
     if not dist.is_torchelastic_launched():
         return
-    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and (
-            os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1"):
-        raise UserError("--max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before "
-                        "torchrun: else a restart waits for processes that are dead")
+    restarts, store = "TORCHELASTIC_MAX_RESTARTS", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+    if os.environ.get(restarts, "0") != "0" and os.environ.get(store) != "1":
+        raise UserError(f"--max-restarts needs {store}=1 before torchrun: else it hangs")
     gpus = torch.cuda.device_count()
     if gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
@@ -1300,8 +1229,7 @@ def rank0_first():
         dist.barrier()
 
 def wrap_ddp(model, device):
-    """The model as all processes train it together, with averaged gradients; on GPUs with
-    SyncBatchNorm."""
+    """The model as all processes train it together: averaged gradients; on GPUs SyncBatchNorm."""
     if world_size() == 1:
         return model
     if device.type == "cuda":
@@ -1330,21 +1258,19 @@ def print_result(args, text, result, path=None):
 
 def format_table(rows):
     """Dicts with the same keys as columns of text, the first left-aligned."""
-    def cell(value):
-        if isinstance(value, float):
-            return f"{value:.4f}"
-        return f"{value:,}" if isinstance(value, int) else "-" if value is None else str(value)
-
-    lines = [[name.replace("_", " ") for name in row] for row in rows[:1]]
-    lines += [[cell(value) for value in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in
-                               enumerate(zip(line, widths))) for line in lines)
+    styles = {float: "{:.4f}", int: "{:,}", type(None): "-"}
+    lines = [[name.replace("_", " ") for name in rows[0]]]
+    lines += [[styles.get(type(cell), "{}").format(cell) for cell in row.values()] for row in rows]
+    first, *others = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join((line[0].ljust(first), *map(str.rjust, line[1:], others)))
+                     for line in lines)
 
 def format_metrics(split, metrics):
-    """The metrics of a split as a table, for several classes below one of each class."""
-    row = {"split": split} | {key: value for key, value in metrics.items() if key != "classes"}
-    return "\n\n".join(format_table(rows) for rows in (metrics.get("classes"), [row]) if rows)
+    """The metrics of a split as a table, below those of its breeds or classes."""
+    total = {"": split, **metrics}
+    classes, breeds = total.pop("classes", []), total.pop("breeds", {})
+    breeds = sorted(({"": breed, **row} for breed, row in breeds.items()), key=lambda r: r["dice"])
+    return "\n\n".join(format_table(rows) for rows in (classes, [*breeds, total]) if rows)
 
 # ------------------------------------------------------------------------------------------- main
 COMMANDS = {"train": train, "eval": eval_command, "infer": infer, "compare": compare,
@@ -1352,20 +1278,18 @@ COMMANDS = {"train": train, "eval": eval_command, "infer": infer, "compare": com
 
 def explain(error):
     """What went wrong, for people; None where it is a defect of the program."""
-    if isinstance(error.__context__, OSError) and not isinstance(error, UserError):
+    if isinstance(error.__context__, OSError) and isinstance(error, RuntimeError):
         error = error.__context__  # torch.save hides the error of a full disk
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError):
         message = str(error.strerror or error) + f": {error.filename}" * bool(error.filename)
-        message = data.escape_nonprintable(message)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            message += "; make room and start again; train goes on with --resume RUN"
+            message += "; make room, then the same command goes on"
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             message += "; change its permissions, or name another place with --out or --root"
-        return message
-    if isinstance(error, MemoryError) or any(words in str(error) for words in (
-            "out of memory", "can't allocate memory", "not enough memory")):
+        return data.escape_nonprintable(message)
+    if isinstance(error, MemoryError) or re.search("(out of|allocate|enough) memory", str(error)):
         return "not enough memory; lower --batch-size, --size or --width"
     if isinstance(error, dist.DistError) or "gloo" in str(error):
         return "another process has ended, and so this one does"
@@ -1384,7 +1308,7 @@ def main(args):
         if dist.is_initialized():
             dist.destroy_process_group()
     except KeyboardInterrupt:
-        log("petseg: interrupted")
+        log("petseg: interrupted" + "; to go on, add --skip-existing" * (args.command == "infer"))
         raise SystemExit(130)
     except (UserError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error.__cause__, SystemExit):  # SIGTERM in the midst of an import

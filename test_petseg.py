@@ -246,8 +246,8 @@ def test_export_model_gives_probabilities_that_become_class_indices():
     one = layers.ExportModel(nn.Conv2d(3, 1, 1), mean, std)
     torch.testing.assert_close(one(images), 1 / (1 + torch.exp(-one.model(logits))))
     one, three = torch.tensor([0.39, 0.4]), torch.tensor([[0.5, 0.2, 0.3], [0, 0.4, 0.6]])
-    assert layers.predict_mask(one.view(2, 1, 1, 1), threshold=0.4).tolist() == [[[0]], [[1]]]
-    assert layers.predict_mask(three.view(2, 3, 1, 1)).tolist() == [[[0]], [[2]]]
+    assert layers.probs_to_mask(one.view(2, 1, 1, 1), threshold=0.4).tolist() == [[[0]], [[1]]]
+    assert layers.probs_to_mask(three.view(2, 3, 1, 1)).tolist() == [[[0]], [[2]]]
 
 def slow_losses(logits, target, weights):
     """The losses by their formulas, pixel by pixel; one logit z is the pair 0, z."""
@@ -361,7 +361,7 @@ def test_progressive_resizing(size, progressive, expected):
     epochs, pixels = len(expected), [side**2 for side in expected]
     config = {"size": (size, size), "epochs": epochs, "progressive": progressive}
     for epoch, side in enumerate(expected, 1):
-        assert layers.train_size(config, epoch) == (side, side)
+        assert layers.train_image_size(config, epoch) == (side, side)
     assert layers.epoch_progress(config) == pytest.approx(
         [sum(pixels[:done]) / sum(pixels) for done in range(epochs + 1)])
 
