@@ -24,19 +24,17 @@ import sys
 import tarfile
 import tempfile
 import time
-import urllib.error
 import urllib.request
 import warnings
-from collections import Counter, deque
+from collections import Counter, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 try:
     import fcntl
@@ -47,17 +45,18 @@ MEAN, STD = (0.48, 0.45, 0.40), (0.27, 0.27, 0.28)  # of the pets' train images,
 BORDER_OFFSET, IGNORE_INDEX = 128, 255
 
 # --------------------------------------------------------------------------- the cache, and batches
-class CachedSplit(NamedTuple):
-    """A decoded split, memory-mapped: nothing is read from disk before it is used."""
-    names: list
-    images: np.ndarray   # (N, H, W, 3) uint8
-    labels: np.ndarray   # (N, H, W) uint8
-    skipped: list        # what could not be read and is left out, a line each
+CachedSplit = namedtuple("CachedSplit", "names images labels skipped")
+# images (N, H, W, 3) and labels (N, H, W): uint8, memory-mapped; skipped: a line per unread image
+
+def get_samples(dataset, split):
+    """The samples of a split, if there is such a split."""
+    if split not in dataset.splits:
+        raise UserError(f"{dataset.folder} has no {split} split; eval can take --split val")
+    return dataset.splits[split]
 
 def open_split(dataset, split, size, cache):
     """A split of a dataset at `size`, from the folder `cache`, where the first use decodes it. The
-    name there is a hash of sizes and times of all files and of what mask values mean: when any of
-    it changes there is a new one."""
+    name there is a hash of the sizes and times of all files and of what mask values mean."""
     samples = get_samples(dataset, split)
     stats = [os.stat(path) if path.exists() else None for s in samples for path in s[1:3]]
     facts = [[s and (s.st_size, s.st_mtime_ns) for s in stats], Image.MAX_IMAGE_PIXELS,
@@ -66,38 +65,27 @@ def open_split(dataset, split, size, cache):
     path = Path(cache) / f"{dataset.folder.resolve().name}-{split}-{size[0]}x{size[1]}-{key}"
     if not path.is_dir():
         build_cache(path, samples, size, f"cache {split} at {size[0]}×{size[1]}")
-    meta = json.loads((path / "meta.json").read_text())
-    shape = len(meta["names"]), *size
-    return CachedSplit(meta["names"], np.memmap(path / "images", np.uint8, "r", 0, (*shape, 3)),
-                       np.memmap(path / "labels", np.uint8, "r", 0, shape), meta["skipped"])
-
-def get_samples(dataset, split):
-    """The samples of a split, if there is such a split."""
-    if split not in dataset.splits:
-        raise UserError(f"{dataset.folder} has no {split} split; eval can take --split val")
-    return dataset.splits[split]
+    images, labels = (np.memmap(path / name, np.uint8, "r") for name in ("images", "labels"))
+    return CachedSplit(images=images.reshape(-1, *size, 3), labels=labels.reshape(-1, *size),
+                       **json.loads((path / "meta.json").read_text()))
 
 def build_cache(path, samples, size, title):
     """Decodes every sample once, into the files `images` and `labels` of a folder."""
     names, skipped = [], []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    need, free = 4 * size[0] * size[1] * len(samples), shutil.disk_usage(path.parent).free
-    if need > free:
-        raise UserError(f"the cache {path} needs {need / 1e6:,.0f} MB, the disk has "
-                        f"{free / 1e6:,.0f} MB; make room, or name another disk with --root")
     with atomic_path(path) as folder:
         folder.mkdir()
-        pairs = parallel_map(lambda sample: read_pair(sample, size), samples)
+        need, free = 4e-6 * size[0] * size[1] * len(samples), shutil.disk_usage(folder).free / 1e6
+        if need > free:
+            raise UserError(f"{path} needs {need:,.0f} MB of {free:,.0f}; name a disk with --root")
+        pairs = parallel_map(lambda sample: read_pair(sample, size), samples, errors=ImageError)
         with open(folder / "images", "wb") as images, open(folder / "labels", "wb") as labels:
             for sample, pair in zip(samples, progress(pairs, title, len(samples))):
                 if isinstance(pair, ImageError):
                     skipped.append(str(pair))
-                elif isinstance(pair, UserError):
-                    raise pair
                 else:
+                    names.append(sample.name)
                     images.write(pair[0].tobytes())
                     labels.write(pair[1].tobytes())
-                    names.append(sample.name)
         if not names:
             raise UserError(f"none of {len(samples)} images can be read; the first: {skipped[0]}")
         (folder / "meta.json").write_text(json.dumps({"names": names, "skipped": skipped}))
@@ -115,9 +103,8 @@ def epoch_order(n, repeat, seed, epoch):
     return torch.randperm(n * repeat, generator=seeded_generator("shuffle", seed, epoch)) % n
 
 def get_batch(split, indices, device=torch.device("cpu")):
-    """The images `indices` of a split: (B, 3, H, W) in 0..1, and labels (B, H, W) in uint8. No
-    worker processes: a batch from the memory map takes 0.5 ms, a training step 148 (UNet of width
-    16, 8 images of 128×128, two cores)."""
+    """Images of a split, (B, 3, H, W) in 0..1, and their labels, (B, H, W) uint8. No workers: the
+    memory map takes 0.5 ms a batch, a training step 148 (UNet, width 16, 8 of 128×128, 2 cores)."""
     indices = indices.to(device) if torch.is_tensor(split.images) else np.asarray(indices)
     images, labels = (torch.as_tensor(part[indices]).to(device, non_blocking=True)
                       for part in split[1:3])
@@ -136,13 +123,10 @@ def augment(images, labels, rng, size=None, p=1.0, flip=0.0, vflip=0.0, rotate=0
             aspect=1.0, shift=0.0, brightness=0.0, contrast=0.0, saturation=0.0, cutmix=0.0):
     """Augments a batch at random, each image with probability `p`: flip, vflip and cutmix are
     probabilities, rotate is in degrees, zoom and aspect are factors either way, shift is a fraction
-    of the side, the colour strengths run from 0 to 1 (saturation 1 reaches down to gray).
-
-    All geometric changes are composed into one affine matrix; one grid_sample applies it (bilinear
-    for images, nearest for labels) and resizes to `size`.
-    """
+    of the side, the colour strengths run from 0 to 1 (saturation 1 reaches down to gray). All
+    geometric changes are composed into one affine matrix; one grid_sample applies it (bilinear for
+    images, nearest for labels) and resizes to `size`."""
     batch, _, height, width = images.shape
-    device = images.device
     applied = (torch.rand(batch, generator=rng) < p).float()
 
     def uniform(magnitude):  # in ±magnitude, 0 for the images that are left alone
@@ -160,14 +144,14 @@ def augment(images, labels, rng, size=None, p=1.0, flip=0.0, vflip=0.0, rotate=0
         stretch * cos * flip_x, -stretch * sin * height / width * flip_y, uniform(2 * shift),
         sin / stretch * width / height * flip_x, cos / stretch * flip_y, uniform(2 * shift)),
         dim=1).view(-1, 2, 3)                                        # (B, 2, 3)
-    grid = F.affine_grid(theta.to(device, non_blocking=True),
+    grid = F.affine_grid(theta.to(images.device, non_blocking=True),
                          (batch, 3, *(size or (height, width))), align_corners=False)
     images = F.grid_sample(images, grid, "bilinear", "reflection", align_corners=False)
-    labels = F.grid_sample(labels.unsqueeze(1).float(), grid, "nearest", "reflection",
-                           align_corners=False)
+    labels = labels.unsqueeze(1).float()
+    labels = F.grid_sample(labels, grid, "nearest", "reflection", align_corners=False)
 
     brightness, contrast, saturation = (
-        (1 + uniform(magnitude).view(-1, 1, 1, 1)).to(device, non_blocking=True)
+        (1 + uniform(magnitude).view(-1, 1, 1, 1)).to(images.device, non_blocking=True)
         for magnitude in (brightness, contrast, saturation))
     images = images * brightness
     mean = images.mean(dim=(1, 2, 3), keepdim=True)
@@ -176,14 +160,13 @@ def augment(images, labels, rng, size=None, p=1.0, flip=0.0, vflip=0.0, rotate=0
     images = (gray + (images - gray) * saturation).clamp(0, 1)
 
     if cutmix:  # https://arxiv.org/abs/1905.04899, with the next image of the batch
-        inside = cutmix_mask(batch, *images.shape[2:], cutmix * applied, rng).to(device)
+        inside = cutmix_mask(batch, *images.shape[2:], cutmix * applied, rng).to(images.device)
         images = torch.where(inside, images.roll(1, dims=0), images)
         labels = torch.where(inside, labels.roll(1, dims=0), labels)
     return images, labels.squeeze(1).to(torch.uint8)
 
 def cutmix_mask(batch, height, width, p, rng):
-    """Where CutMix shows another image: with the probabilities `p`, a box of 0.2 to 0.9 of each
-    side around a random centre; (B, 1, H, W) bool."""
+    """With probabilities `p` a box, 0.2 to 0.9 of each side long, anywhere; (B, 1, H, W) bool."""
     inside = (torch.rand(batch, generator=rng) < p).view(-1, 1, 1, 1)
     for side, shape in ((height, (batch, 1, -1, 1)), (width, (batch, 1, 1, -1))):
         position = (torch.arange(side) + 0.5) / side
@@ -193,68 +176,56 @@ def cutmix_mask(batch, height, width, p, rng):
 
 def labels_to_target(labels, border="foreground", rng=None, classes=2):
     """Labels to the target of the loss. A border becomes the class it borders ("foreground"),
-    "background", "ignore", a "class" of its own, the last of `classes`, or one of the first two by
-    a coin per image ("random")."""
+    "background", "ignore", the last of `classes` ("class"), or by a coin per image one of the first
+    two ("random")."""
     is_border = (labels >= BORDER_OFFSET) & (labels != IGNORE_INDEX)
-    foreground = torch.where(is_border, labels - BORDER_OFFSET, labels)
-    if border == "foreground":
-        return foreground
+    value = labels - BORDER_OFFSET  # the class that it borders
     if border == "random":
         coin = torch.randint(2, (len(labels), 1, 1), generator=rng).bool().to(labels.device)
-        return torch.where(is_border & coin, 0, foreground)
-    value = {"background": 0, "ignore": IGNORE_INDEX, "class": classes - 1}[border]
+        value = torch.where(coin, 0, value)
+    elif border != "foreground":
+        value = {"background": 0, "ignore": IGNORE_INDEX, "class": classes - 1}[border]
     return torch.where(is_border, value, labels)
 
 # ------------------------------------------------------------------------ one image, and its mask
 # what Pillow raises at files that are cut off, damaged, or no images at all
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, RuntimeError,
                  MemoryError, struct.error)
-Image.init()  # of all formats that Pillow knows, those that photos have; EPS would run a program
 FORMATS = [name for name in ("JPEG", "PNG", "GIF", "TIFF", "BMP", "WEBP", "AVIF", "JPEG2000", "PPM")
-           if name in Image.OPEN]
+           if name in Image.registered_extensions().values()]  # no EPS, which would run a program
+SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
 warnings.filterwarnings("ignore", module="PIL")  # a file is read, or it is named
-EXIF_ORIENTATION = 0x0112  # from 5 on, width and height are swapped
 RGB_FLAG = 1 << 24  # a mask's colour as an integer: RGB_FLAG + 0xrrggbb
 
-class Sample(NamedTuple):
-    """An image and its mask; `classes` says what the mask's values mean: {value: label}, or None
-    for two classes by the rule of `binary_labels`."""
-    name: str
-    image: Path
-    mask: Path
-    classes: dict | None
+Sample = namedtuple("Sample", "name image mask classes")
+# classes: {value in the mask: label}, or None for the rule of `binary_labels`
 
 def set_max_pixels(pixels):
-    """Images with more pixels are refused before they are decoded. Pillow does it; it warns at the
-    number it is given and refuses at twice that."""
+    """Refuses larger images before they are decoded: Pillow does so at twice what it is given."""
     Image.MAX_IMAGE_PIXELS = pixels / 2
 
 @contextlib.contextmanager
 def open_image(path):
-    """An image of which only the header is read. What Pillow raises while it is in use becomes an
-    ImageError."""
+    """An image, only its header read. What Pillow raises while it is in use is an ImageError."""
     try:
         if not os.path.isfile(path):  # reading a pipe would never end
-            raise OSError("there is no such file")
+            raise OSError("no such file")
         with Image.open(path, formats=FORMATS) as image:
             if max(image.size) > 10**6:  # Pillow keeps 12 bytes per row, however short it is
                 raise ValueError("one side is longer than a million pixels")
             yield image
     except Image.DecompressionBombError as error:
-        raise ImageError(f"{path} has more than {2 * Image.MAX_IMAGE_PIXELS:,.0f} pixels; to take "
-                         "it all the same, raise --max-pixels") from error
+        raise ImageError(f"{path} has more than {2 * Image.MAX_IMAGE_PIXELS:,.0f} pixels; "
+                         "--max-pixels sets this limit") from error
     except DECODE_ERRORS as error:
         raise ImageError(f"{path}: {error}") from error
 
 def read_image(path, size=None, mask_size=None):
-    """A photo in any of FORMATS as an RGB image, upright, resized to `size`.
-
-    A JPEG much larger than `size` is decoded at 1/2, 1/4 or 1/8, which its format makes cheap, but
-    not below twice `size`: the last halving is left to the better filter.
-    """
+    """A photo in any of FORMATS as an RGB image, upright, resized to `size`. A JPEG is decoded at a
+    half, a quarter or an eighth where that is still twice `size`: cheap, then a better filter."""
     with open_image(path) as image:
         raw_size = image.size[::-1]
-        rotated = image.getexif().get(EXIF_ORIENTATION, 1) >= 5 and image.format != "TIFF"
+        rotated = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5 and image.format != "TIFF"
         upright_size = raw_size[::-1] if rotated else raw_size  # Pillow has rotated a TIFF already
         if mask_size not in (None, raw_size, upright_size):
             raise UserError("{} is {}×{} pixels high and wide, its mask {}×{}; they must agree"
@@ -274,37 +245,25 @@ def read_image(path, size=None, mask_size=None):
         return image.resize(size[::-1], Image.Resampling.BILINEAR) if size else image
 
 def white_level(image):
-    """The value of white in an image of more than 8 bits: the next 2ᵏ − 1 (1023, 4095, 65535), as a
-    12-bit camera stores 12 bits in 16; of floats the largest value."""
+    """White of over 8 bits: the next 2ᵏ − 1, as 12 bits are stored in 16; of floats the largest."""
     values = np.asarray(image)
     largest = values.max(where=np.isfinite(values), initial=1)
-    return largest if image.mode == "F" else 2 ** max(8, int(largest).bit_length()) - 1
+    return largest if image.mode == "F" else max(255, 2 ** int(largest).bit_length() - 1)
 
 def read_mask(path, classes):
     """A mask file as labels (H, W) of its own size; `classes` as in Sample."""
     values = read_mask_values(path, colours=classes and max(classes) >= RGB_FLAG)
     if classes is None:
-        labels = binary_labels(values, jpeg=Path(path).suffix.lower() in (".jpg", ".jpeg"))
-        if labels is None:
-            lines = [f"{format_value(value)} {'void' if value == 255 else f'class{i}'}"
-                     for i, value in enumerate(np.unique(values)[:20])]
-            lines[0] = f"{format_value(values.min())} background"
-            raise UserError(
-                f"the mask {path} holds {describe_values(values)}; without a classes.txt a mask is "
-                "0 and 1 (255: ignored), or dark and light; a classes.txt to start from, to lie "
-                "beside the folders of images and masks:", *lines)
-        return labels
+        return binary_labels(values, path)
     known = np.array(sorted(classes))
     index = np.searchsorted(known, values).clip(max=len(known) - 1)
     if (unknown := known[index] != values).any():
-        raise UserError(f"the mask {path} holds {describe_values(values, unknown)}, which nothing "
-                        "explains; classes.txt or the layout knows "
-                        + ", ".join(map(format_value, known[:20])))
+        raise UserError(f"the mask {path} holds {describe_values(values, unknown)}; classes.txt or "
+                        f"the layout knows only {', '.join(map(format_value, known[:20]))}")
     return np.array([classes[value] for value in known.tolist()], np.uint8)[index]
 
 def read_mask_values(path, colours=False):
-    """A mask as integers (H, W): its values, or RGB_FLAG + 0xrrggbb where it holds colours, or is
-    expected to. Gray RGB is gray."""
+    """A mask as integers (H, W), where it has or should have colours RGB_FLAG + 0xrrggbb."""
     with open_image(path) as image:
         if colours or image.mode in ("RGB", "RGBA", "CMYK", "YCbCr"):
             rgb = np.asarray(image.convert("RGB"))
@@ -316,19 +275,22 @@ def read_mask_values(path, colours=False):
         values = np.asarray(image.getchannel(0) if len(image.getbands()) > 1 else image)
         return values.astype(np.uint8) if values.dtype == bool else values
 
-def binary_labels(values, jpeg=False):
-    """Labels of a mask without classes.txt, or None where its values do not say them: 0, 1 and
-    maybe 255 (ignored); or dark (≤ 32) background and a light (≥ 223) object. At soft edges up to
-    5% of the pixels may lie between; they are cut at 128. JPEG blurs values, so 1 is dark there."""
-    levels = np.unique(values)
+def binary_labels(values, path):
+    """Labels of a mask without classes.txt: of 0, 1 and maybe 255 (ignored), or of dark (≤ 32) and
+    light (≥ 223) with at most 5% between, at soft edges, cut at 128. In JPEG a 1 is dark."""
+    levels, jpeg = np.unique(values), Path(path).suffix.lower() in (".jpg", ".jpeg")
     if 1 in levels and set(levels.tolist()) <= {0, 1, 255} and not jpeg:
         return values.astype(np.uint8)
     dark, light, soft = (levels <= 32).sum(), (levels >= 223).sum(), soft_fraction(values)
     clear = dark <= 1 and light <= 1 and not soft
     blurred = dark and light and (soft or light > 1)  # else {0, 15, 255} are classes and void
-    if levels[0] < 0 or levels[-1] > 255 or soft > 0.05 or not (clear or blurred or jpeg):
-        return None
-    return (values >= 128).astype(np.uint8)
+    if 0 <= levels[0] and levels[-1] <= 255 and soft <= 0.05 and (clear or blurred or jpeg):
+        return (values >= 128).astype(np.uint8)
+    names = ["background", *(f"class{i}" for i in range(1, 20))]
+    raise UserError(
+        f"the mask {path} holds {describe_values(values)}; expected 0 and 1 (255: ignored), or "
+        "dark and light, or a classes.txt beside the folders of images and masks, to start from:",
+        *(f"{format_value(v)} {'void' if v == 255 else name}" for v, name in zip(levels, names)))
 
 def soft_fraction(values):
     """The fraction of a mask's pixels between dark and light."""
@@ -336,20 +298,18 @@ def soft_fraction(values):
 
 def format_value(value):
     """A mask's value as classes.txt has it: a number, or R G B."""
-    value = int(value)
-    return str(value) if value < RGB_FLAG else " ".join(map(str, value.to_bytes(4, "big")[1:]))
+    return str(value) if value < RGB_FLAG else " ".join(map(str, int(value).to_bytes(4, "big")[1:]))
 
-def describe_values(values, where=True):
+def describe_values(values, where=...):
     """The most frequent values of a mask, with their fractions of its pixels."""
-    found, counts = np.unique(values[np.broadcast_to(where, values.shape)], return_counts=True)
-    order = counts.argsort(kind="stable")[::-1]
-    return ", ".join(f"{format_value(found[i])} ({counts[i] / values.size:.2%})"
+    levels, counts = np.unique(values[where], return_counts=True)
+    order = np.argsort(-counts, kind="stable")
+    return ", ".join(f"{format_value(levels[i])} ({counts[i] / values.size:.2%})"
                      for i in order[:9]) + " …" * (len(order) > 9)
 
 def read_pair(sample, size):
-    """A photo and its labels at `size`: uint8 (H, W, 3) and (H, W). Threads are enough to read
-    many, as Pillow releases the GIL: two cores read 1,145 JPEGs of 500×375 a second with two
-    threads, 599 with one."""
+    """A photo and its labels at `size`: uint8 (H, W, 3) and (H, W). Pillow releases the GIL: two
+    threads on two cores read 1,145 JPEGs of 500×375 a second, one thread 599."""
     labels = read_mask(sample.mask, sample.classes)
     image = read_image(sample.image, size, labels.shape)
     return np.asarray(image), resize(labels, size, "NEAREST")
@@ -373,27 +333,21 @@ def upsample_and_argmax(probs, size, threshold=0.5):
 
 # ------------------------------------------------------------------------------ folders of samples
 PETS, TOYS = "oxford-iiit-pet", "toy-pets"
-TRIMAP_TO_LABEL, CAT_TO_LABEL, DOG_TO_LABEL = (
-    {1: label, 2: 0, 3: BORDER_OFFSET + label} for label in (1, 1, 2))
+TRIMAP_TO_LABEL = {1: 1, 2: 0, 3: BORDER_OFFSET + 1}
+SPECIES_TO_LABEL = {"1": TRIMAP_TO_LABEL, "2": {1: 2, 2: 0, 3: BORDER_OFFSET + 2}}  # cat, dog
 IMAGE_FOLDERS = ("images", "imgs", "image", "img", "photos", "jpegimages")
 MASK_FOLDERS = ("masks", "mask", "labels", "label", "annotations", "gt", "segmentationclass")
 SPLIT_FOLDERS = {"train": ("train", "training"), "val": ("val", "valid", "validation"),
-                 "test": ("test", "testing")}
+                 "test": ("test", "testing"), "all": ("",)}  # all: where there are no splits
 # the 30 classes of Cityscapes, in the order of their ids from 4 on, and the 19 that are scored
-CITYSCAPES = ("static dynamic ground road sidewalk parking rail-track building wall fence "
-              "guard-rail bridge tunnel pole polegroup traffic-light traffic-sign vegetation "
-              "terrain sky person rider car truck bus caravan trailer train motorcycle "
-              "bicycle").split()
+CITYSCAPES = """static dynamic ground road sidewalk parking rail-track building wall fence
+    guard-rail bridge tunnel pole polegroup traffic-light traffic-sign vegetation terrain sky person
+    rider car truck bus caravan trailer train motorcycle bicycle""".split()
 CITYSCAPES_EVAL_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
 
-class Dataset(NamedTuple):
-    """A folder of labelled images, as it was understood."""
-    folder: Path
-    layout: str          # in words
-    class_names: list
-    splits: dict         # {"train": [Sample, ...], "val": [...], and maybe "test": [...]}
-    random_split: dict   # {"val": names, "test": names} where we drew it, {} where the folder says
-    warnings: list       # what is left out, a line each
+Dataset = namedtuple("Dataset", "folder layout class_names splits random_split warnings")
+# splits: {"train": [Sample, ...], "val": ..., and maybe "test": ...}; random_split: {"val": names,
+# "test": names} where we drew it, {} where the folder says; warnings: a line for each left out
 
 def scan_dataset(folder, classes="pet", cityscapes_classes="19", random_split=None):
     """Understands a folder by what lies in it. `classes` is for the pets, "pet" or "species";
@@ -404,42 +358,35 @@ def scan_dataset(folder, classes="pet", cityscapes_classes="19", random_split=No
     if (folder / "annotations" / "trimaps").is_dir():
         return scan_pets(folder, classes)
     if classes != "pet":
-        raise UserError(f"--classes {classes} is for the layout of the pets, but {folder} has no "
-                        "annotations/trimaps; its classes are those of its masks")
+        raise UserError(f"--classes {classes} needs annotations/trimaps, which {folder} has not")
     if (folder / "leftImg8bit").is_dir():
         return scan_cityscapes(folder, cityscapes_classes)
     return scan_image_and_mask_folders(folder, random_split)
 
 def scan_pets(folder, classes):
     """The layout of the Oxford-IIIT Pets. Every tenth line of trainval.txt, the first included, is
-    val, the others are train, without shuffling: the split of everyone who does the same. A line is
-    NAME, and maybe BREED SPECIES (1 cat, 2 dog) and a number."""
-    def samples(path):
+    val, the others are train, without shuffling: the split of everyone who does the same."""
+    def read_list(path):  # of lines NAME, or NAME BREED SPECIES
         text = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
-        lines = [line.split() for line in text.splitlines() if line.strip() and line[0] != "#"]
-        if len(lines) < 2:
-            raise UserError(f"{path} is missing or names fewer than two images; expected a NAME a "
-                            "line, of images/NAME.jpg and annotations/trimaps/NAME.png")
-        for name, *more in lines:
-            values = TRIMAP_TO_LABEL
-            if classes == "species":
-                values = {"1": CAT_TO_LABEL, "2": DOG_TO_LABEL}.get("".join(more[1:2]))
+        rows = re.findall(r"(?m)^([^#\s]\S*)(?:[ \t]+\S+[ \t]+(\S+))?", text)
+        if len(rows) < 2:
+            raise UserError(f"{path} is missing or lists fewer than two NAMEs, of images/NAME.jpg")
+        for name, species in rows:
+            values = TRIMAP_TO_LABEL if classes == "pet" else SPECIES_TO_LABEL.get(species)
             if not values:
-                raise UserError(f"{path} does not say what species {name} is; expected lines NAME "
-                                "BREED SPECIES, where SPECIES is 1 (cat) or 2 (dog)")
+                raise UserError(f"{path}: say what species {name} is: NAME BREED 1 (cat), 2 (dog)")
             yield Sample(name, folder / "images" / f"{name}.jpg",
                          folder / "annotations" / "trimaps" / f"{name}.png", values)
 
-    trainval = list(samples(folder / "annotations" / "trainval.txt"))
+    trainval = list(read_list(folder / "annotations" / "trainval.txt"))
     splits = {"train": [s for i, s in enumerate(trainval) if i % 10], "val": trainval[::10]}
     if (folder / "annotations" / "test.txt").is_file():
-        splits["test"] = list(samples(folder / "annotations" / "test.txt"))
+        splits["test"] = list(read_list(folder / "annotations" / "test.txt"))
     names = ["background", "pet"] if classes == "pet" else ["background", "cat", "dog"]
     return Dataset(folder, "the layout of the pets", names, splits, {}, [])
 
 def scan_cityscapes(folder, number):
-    """Cityscapes as it is unpacked (https://www.cityscapes-dataset.com), without its test images,
-    whose labels are not published."""
+    """https://www.cityscapes-dataset.com without its test images, whose labels are secret."""
     ids = CITYSCAPES_EVAL_IDS if number == "19" else range(4, 34)
     classes = dict.fromkeys(range(256), IGNORE_INDEX) | {i: label for label, i in enumerate(ids)}
     splits = {"train": [], "val": []}
@@ -451,22 +398,21 @@ def scan_cityscapes(folder, number):
     return Dataset(folder, "Cityscapes", [CITYSCAPES[i - 4] for i in ids], splits, {}, [])
 
 def scan_image_and_mask_folders(folder, random_split):
-    """A folder of images beside one of masks, with train, val, test above or below the two; without
-    any, a random split."""
-    def child(parent, names):
-        folders = {path.name.lower(): path for path in sorted(parent.iterdir()) if path.is_dir()}
-        return next((folders[name] for name in names if name in folders), None)
+    """Images beside masks, with train, val, test above or below the two, or with a random split."""
+    folders = [path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.is_dir()]
+    folders = {Path(str(path.relative_to(folder)).lower()): path for path in sorted(folders)}
 
-    def find_pair(parent):
-        return [child(parent, names) for names in (IMAGE_FOLDERS, MASK_FOLDERS)]
+    def find(names, splits):
+        places = [place for name in names for split in splits
+                  for place in (Path(split, name), Path(name, split)) if place in folders]
+        return folders[places[0]] if places else None
 
-    flat, pairs, notes = find_pair(folder), {}, []
+    pairs, notes = {}, []
     for split, names in SPLIT_FOLDERS.items():
-        above = child(folder, names)
-        pair = find_pair(above) if above else [child(each, names) for each in flat if each]
-        if len(pair) == 2 and all(pair):
-            pairs[split] = match_pairs(*pair, notes)
-    if not (all(flat) if not pairs else {"train", "val"} <= pairs.keys()):
+        pair = find(IMAGE_FOLDERS, names), find(MASK_FOLDERS, names)
+        if all(pair) and (split != "all" or not pairs):
+            pairs[split] = pair
+    if "all" not in pairs and not {"train", "val"} <= pairs.keys():
         counts = Counter(p.parent for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
         raise UserError(
             f"{folder} is not understood{': train or val is missing' * bool(pairs)}; expected a "
@@ -474,117 +420,97 @@ def scan_image_and_mask_folders(folder, random_split):
             "with train, val and maybe test above or in both, or without; rename what lies there:",
             *[f"{path.relative_to(folder)}/ with {n} images" for path, n in sorted(counts.items())]
             or ["no images at all"])
-    layout = f"{' and '.join(pairs)}, with images and masks each"
-    if pairs:
-        random_split = {}
-    else:
-        layout, matched = f"{flat[0].name}/ and {flat[1].name}/", match_pairs(*flat, notes)
-        random_split = random_split or draw_random_split([name for name, *_ in matched], folder)
-        split_of = {name: split for split, names in random_split.items() for name in names}
-        for pair in matched:
-            pairs.setdefault(split_of.get(pair[0], "train"), []).append(pair)
+    layout = " and ".join(f"{p.relative_to(folder)}/" for pair in pairs.values() for p in pair)
     classes, class_names = read_classes(folder)
-    splits = {split: [Sample(*pair, classes) for pair in pairs[split]] for split in SPLIT_FOLDERS
-              if split in pairs}
+    splits = {split: match_pairs(*pair, classes, notes) for split, pair in pairs.items()}
+    if "all" not in splits:
+        return Dataset(folder, layout, class_names, splits, {}, notes)
+    samples = splits["all"]
+    if len(samples) < 3:
+        raise UserError(f"{folder} has {len(samples)} labelled images; at least 3 are needed")
+    if not random_split:  # 10% val and 10% test, always the same for the same names
+        n, order = max(1, len(samples) // 10), seeded_generator("split")
+        order = [samples[i].name for i in torch.randperm(len(samples), generator=order)]
+        random_split = {"val": sorted(order[:n]), "test": sorted(order[n:2 * n])}
+    split_of = {name: split for split, names in random_split.items() for name in names}
+    splits = {split: chosen for split in ("train", "val", "test")
+              if (chosen := [s for s in samples if split_of.get(s.name, "train") == split])}
     return Dataset(folder, layout, class_names, splits, random_split, notes)
 
-def match_pairs(images, masks, notes):
-    """(name, image, mask) of all images with a mask of the same name, or with the same something
-    before or after it in every mask; adds to `notes` what is left out."""
-    def by_name(folder):
-        paths = {}
+def match_pairs(images, masks, classes, notes):
+    """Pairs images with masks of the same name, or with the same text around it in every mask."""
+    image_of, mask_of = {}, {}
+    for folder, paths in ((images, image_of), (masks, mask_of)):
         for path in find_images([folder]):
-            name = path.relative_to(folder).with_suffix("").as_posix()
-            if paths.setdefault(name, path) != path:
-                notes.append(f"{path} is left out: {paths[name]} has the same name")
-        return paths
-
-    image_of, mask_of = by_name(images), by_name(masks)
+            first = paths.setdefault(path.relative_to(folder).with_suffix(""), path)
+            if first != path:
+                notes.append(f"{path} is left out: {first} has the same name")
     affixes = Counter()  # what stands before and after the names of some images in names of masks
-    for name in islice(image_of, 0, None, len(image_of) // 20 + 1):
-        stem = name.rpartition("/")[2]
-        for mask in (name.rpartition("/")[2] for name in mask_of if stem in name):
-            for before, _, after in {mask.partition(stem), mask.rpartition(stem)}:
-                # 15_mask does not belong to 1 or 5
-                if not re.search(r"\d$", before) and not re.match(r"\d", after):
+    for stem in [name.name for name in image_of][::len(image_of) // 20 + 1]:
+        for mask in [name.name for name in mask_of if stem in name.name]:
+            for before, _, after in (mask.partition(stem), mask.rpartition(stem)):
+                if not (before[-1:].isdigit() or after[:1].isdigit()):  # 1 is not the image of 15
                     affixes[before, after] += 1
     before, after = max(affixes, key=affixes.get, default=("", ""))
-    pairs, without = [], []
-    for name, image in image_of.items():
-        parent, slash, stem = name.rpartition("/")
-        mask = mask_of.pop(f"{parent}{slash}{before}{stem}{after}", None)
-        pairs += [(name, image, mask)] * bool(mask)
-        without += [image] * (not mask)
-    if not pairs:
+    samples = []
+    for name in list(image_of):
+        mask = name.with_name(f"{before}{name.name}{after}")
+        if mask in mask_of:
+            samples.append(Sample(name.as_posix(), image_of.pop(name), mask_of.pop(mask), classes))
+    if not samples:
         raise UserError(f"no image in {images} has a mask in {masks}; expected the same name, or "
-                        "the same something before or after it in every mask; the first names "
-                        f"are {next(iter(image_of))} and {next(iter(mask_of))}")
-    for kind, paths in (("images without a mask", without),
-                        ("masks without an image", [*mask_of.values()])):
-        if paths:
-            notes.append(f"{len(paths)} {kind} are left out; the first: "
-                         + ", ".join(map(str, paths[:5])))
-    return pairs
-
-def draw_random_split(names, folder):
-    """A random split, 10% val and 10% test, always the same for the same names."""
-    if len(names) < 3:
-        raise UserError(f"{folder} has {len(names)} labelled images; at least 3 are needed, for "
-                        "train, val and test")
-    n = max(1, len(names) // 10)
-    order = [names[i] for i in torch.randperm(len(names), generator=seeded_generator("split"))]
-    return {"val": sorted(order[:n]), "test": sorted(order[n:2 * n])}
+                        "the same text before or after it in every mask; the first names are "
+                        f"{next(iter(image_of))} and {next(iter(mask_of))}")
+    for kind, rest in (("images without a mask", image_of), ("masks without an image", mask_of)):
+        if rest:
+            first = ", ".join(map(str, islice(rest.values(), 5)))
+            notes.append(f"{len(rest)} {kind} are left out; the first: {first}")
+    return samples
 
 # a line of classes.txt: VALUE NAME, R G B NAME, or NAME; and what was its form before
 CLASS_LINE = re.compile(r"(?:(\d+)[\s,]+(?:(\d+)[\s,]+(\d+)[\s,]+)?)?(\S.*)")
 OLD_CLASS_LINE = re.compile(r"(\D.*?)[\s,]+(\d+)[\s,]+(\d+)[\s,]+(\d+)")
 
 def read_classes(folder):
-    """What classes.txt says: ({value: label}, names); without one (None, ["background",
-    "foreground"]). A class `background` comes first; `void` or `ignore` is neither learned nor
-    scored, nor is 255 where it has no line."""
+    """({value: label}, names) as classes.txt says. The class `background` comes first; `void` or
+    `ignore` is neither learned nor scored, nor is 255 where it has no line."""
     path = folder / "classes.txt"
     if not path.is_file():
         return None, ["background", "foreground"]
-    text = path.read_bytes()
-    utf16 = text.startswith((b"\xff\xfe", b"\xfe\xff"))  # as Windows may write it
-    lines = text.decode("utf-16" if utf16 else "utf-8-sig", "replace").splitlines()
-    value_of, ignored, kinds = {}, [], set()  # kinds: how many numbers a line has
+    text = path.read_bytes()  # as Windows may write it, too
+    encoding = "utf-16" if text.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    lines = text.decode(encoding, "replace").splitlines()
+    name_of, kinds = {}, set()  # {value: name, or None for void}; how many numbers a line has
     for i, line in enumerate(filter(None, map(str.strip, lines))):
         *numbers, name = CLASS_LINE.fullmatch(line).groups()
         numbers = [int(number) for number in numbers if number]
         kinds.add(len(numbers))
-        expected = "expected VALUE NAME, or R G B NAME, or NAME, the same in all lines"
-        if old := OLD_CLASS_LINE.fullmatch(line):
-            expected = f"the colour comes first: {' '.join(old.group(2, 3, 4, 1))}"
-        if old or len(kinds) > 1 or numbers and max(numbers) > (255 if numbers[1:] else 65535):
-            raise UserError(f"{path} has the line {line!r}; {expected}")
+        old = OLD_CLASS_LINE.fullmatch(line)
+        if old or len(kinds) > 1 or max(numbers, default=0) > (255 if numbers[1:] else 65535):
+            form = " ".join(old.group(2, 3, 4, 1)) if old else "VALUE NAME, or R G B NAME, or NAME"
+            raise UserError(f"{path} has the line {line!r}; expected {form}, alike in all lines")
         value = RGB_FLAG + int.from_bytes(numbers, "big") if numbers[1:] else (*numbers, i)[0]
-        if name in value_of or value in (*value_of.values(), *ignored):
+        name = None if name.lower() in ("void", "ignore") else name
+        if value in name_of or name and name in name_of.values():
             raise UserError(f"{path} has the name or value of {line!r} twice")
-        if name.lower() in ("void", "ignore"):
-            ignored.append(value)
-        else:
-            value_of[name] = value
-    names = sorted(value_of, key=lambda name: name.lower() != "background")
+        name_of[value] = name
+    names = sorted(filter(None, name_of.values()), key=lambda name: name.lower() != "background")
     if not 2 <= len(names) <= 100:
         raise UserError(f"{path} names {len(names)} classes; 2 to 100 can be learned")
-    classes = dict.fromkeys(ignored if kinds == {3} else [255, *ignored], IGNORE_INDEX)
-    return classes | {value_of[name]: label for label, name in enumerate(names)}, names
-
-SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
+    label_of = {None: IGNORE_INDEX} | {name: label for label, name in enumerate(names)}
+    classes = {} if kinds == {3} else {255: IGNORE_INDEX}
+    return classes | {value: label_of[name] for value, name in name_of.items()}, names
 
 def find_images(paths):
-    """All images among files and folders, sorted within each: in a folder, the files with one of
-    SUFFIXES; a file that is named is taken as it is. Links to folders are not followed."""
+    """Files as they are, and of folders all images, sorted; links to folders are not followed."""
     found = []
     for path in map(Path, paths):
-        if not path.is_dir() and not path.is_file():
-            raise UserError(f"there is no file or folder {path}")
-        inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()
-                        and p.name[0] != ".") if path.is_dir() else [path]
+        inside = [path] if path.is_file() else sorted(
+            p for p in path.rglob("*")
+            if p.suffix.lower() in SUFFIXES and p.is_file() and p.name[0] != ".")
         if not inside:
-            raise UserError(f"there are no images in the folder {path}")
+            problem = "are no images in the folder" if path.is_dir() else "is no file or folder"
+            raise UserError(f"there {problem} {path}")
         found += inside
     return found
 
@@ -594,8 +520,7 @@ def find_ground_truth(image):
     return path if os.path.isfile(path) else None  # Path.is_file raises where a name is too long
 
 def unique_names(names):
-    """A name for the outputs of each: on one line, at most 200 bytes, which leaves room for an
-    ending; with a number where it comes again."""
+    """A file name for each: on one line, of at most 200 bytes, numbered where it comes again."""
     taken = {}  # in lower case: in upper case
     for name in names:
         stem = escape_nonprintable(name).encode()[:200].decode(errors="ignore")
@@ -606,20 +531,16 @@ def unique_names(names):
         taken[name.casefold()] = name
     return [*taken.values()]
 
-class Check(NamedTuple):
-    """What `verify` says of a split."""
-    errors: list           # a UserError for each image that cannot be used
-    notes: list            # what was read in a way that one might not expect
-    fractions: np.ndarray  # of the pixels, by class
+Check = namedtuple("Check", "errors notes fractions")  # UserErrors, texts, of the pixels by class
 
 def verify(dataset):
-    """Reads every image and mask: {split: Check}."""
+    """Reads every image and mask: {split: Check}; notes are on what was read in an odd way."""
     def inspect(sample):
         labels, notes = read_pair(sample, (32, 32))[1], []
         with open_image(sample.image) as image:
             if image.mode.startswith("I"):
                 notes.append(f"16-bit images, white at {white_level(image)}")
-            if ";16" in str(image.tile):  # Pillow knows no colours of 16 bits
+            elif ";16" in str(image.tile):  # Pillow knows no colours of 16 bits
                 notes.append("16-bit colour images, of which the upper 8 bits are read")
         if sample.classes is None and soft_fraction(read_mask_values(sample.mask)):
             notes.append("masks with soft edges, cut at 128")
@@ -629,18 +550,17 @@ def verify(dataset):
     result = {}
     for split, samples in dataset.splits.items():
         found = list(progress(parallel_map(inspect, samples), f"check {split}", len(samples)))
-        errors = [each for each in found if isinstance(each, UserError)]
         good = [each for each in found if not isinstance(each, UserError)]
         notes = Counter(note for some, _ in good for note in some)
         pixels = sum((counts for _, counts in good), np.zeros(IGNORE_INDEX, int))
-        result[split] = Check(errors, [f"{n} {note}" for note, n in notes.items()],
+        result[split] = Check([each for each in found if isinstance(each, UserError)],
+                              [f"{n} {note}" for note, n in notes.items()],
                               pixels / max(pixels.sum(), 1))
     return result
 
 # -------------------------------------------------------------------------------------- download
 PETS_MD5 = {"images.tar.gz": "5c4f3ee8e5d25df40f4fd59a7f44e54c",
             "annotations.tar.gz": "95a8c909bbe2e81eed6a22bccdf3f68f"}
-NETWORK_ERRORS = (urllib.error.URLError, http.client.HTTPException, OSError)
 
 def get_pets(root, url, archives=PETS_MD5, retry_delays=(1, 2, 4, 8, 16)):
     """Downloads and unpacks what is missing of the pets; returns their folder."""
@@ -650,16 +570,14 @@ def get_pets(root, url, archives=PETS_MD5, retry_delays=(1, 2, 4, 8, 16)):
         if content.is_dir():
             continue
         folder.mkdir(parents=True, exist_ok=True)
-        if not archive.exists():
-            download(f"{url.rstrip('/')}/{name}", archive, retry_delays)
+        download(f"{url.rstrip('/')}/{name}", archive, retry_delays)
         digest = hashlib.md5(usedforsecurity=False)
         with open(archive, "rb") as file:
             while chunk := file.read(1 << 20):
                 digest.update(chunk)
         if digest.hexdigest() != md5:
             archive.unlink()
-            raise DownloadError(f"{archive} had a wrong checksum and was deleted; try again, or "
-                                "name another mirror with --url")
+            raise DownloadError(f"{archive} with a wrong checksum is deleted; try again, or --url")
         with atomic_path(content) as new, tarfile.open(archive) as tar:
             tar.extractall(new.parent, filter="data")  # refuses what would leave the folder
             os.rename(new.parent / content.name, new)
@@ -667,56 +585,47 @@ def get_pets(root, url, archives=PETS_MD5, retry_delays=(1, 2, 4, 8, 16)):
     return folder
 
 def download(url, path, retry_delays):
-    """Downloads to `path`.part, goes on after a break, then renames. Gives up after as many breaks
-    in a row as there are delays."""
-    part, failures = path.with_name(f"{path.name}.part"), 0
+    """Downloads to `path`.part, where it goes on after breaks; gives up when the delays end."""
+    part, delays = path.with_name(f"{path.name}.part"), iter(retry_delays)
     while not path.exists():
-        offset = part.stat().st_size if part.exists() else 0
-        try:
-            download_range(url, part, offset)
+        with open(part, "ab") as file:
+            offset, status = file.tell(), 200
+            try:
+                download_rest(url, file)
+            except (ValueError, http.client.InvalidURL) as error:
+                raise UserError(f"{url} cannot be used: {error}") from error
+            except (OSError, http.client.HTTPException) as error:
+                status = getattr(error, "code", 500)
+                delays = iter(retry_delays) if file.tell() > offset else delays
+                delay = next(delays, None)
+                if delay is None or status < 500 and status not in (408, 416, 429):
+                    raise DownloadError(f"cannot download {url}: {error}; --url names a mirror")
+                time.sleep(delay)
+        if status in (200, 416):  # 416: nothing was left to send
             os.replace(part, path)
-        except (ValueError, http.client.InvalidURL) as error:
-            raise UserError(f"{url} cannot be used: {error}") from error
-        except NETWORK_ERRORS as error:
-            progressed = part.exists() and part.stat().st_size > offset
-            failures = 1 if progressed else failures + 1
-            status = getattr(error, "code", 500)  # of HTTP
-            if status < 500 and status not in (408, 429) or failures > len(retry_delays):
-                raise DownloadError(f"cannot download {url}: {error}; check the network, or name a "
-                                    "mirror with --url") from error
-            time.sleep(retry_delays[failures - 1])
 
-def download_range(url, part, offset):
-    """One request: appends what `part`, `offset` bytes long, lacks."""
-    request = urllib.request.Request(url, headers={"Range": f"bytes={offset}-"} if offset else {})
-    try:
-        response = urllib.request.urlopen(request, timeout=30)
-    except urllib.error.HTTPError as error:
-        if error.code == 416 and offset:  # nothing is left to send
-            return
-        raise
-    with response, open(part, "ab") as file:
-        if offset and response.status != 206:  # the server does not know ranges: from the start
-            offset = 0
-            file.truncate(0)
+def download_rest(url, file):
+    """Appends to a file what it lacks, in one request."""
+    offset = file.tell()
+    request = urllib.request.Request(url, headers={"Range": f"bytes={offset}-"})
+    with urllib.request.urlopen(request, timeout=30) as response:
+        if response.status != 206:  # the server does not know ranges: from the start
+            offset = file.seek(0)
+            file.truncate()
         length = getattr(response, "length", None)  # neither every server nor file:// says it
-        total = offset + length if length else None
+        total, title = offset + length if length else None, f"download {Path(file.name).stem}"
         chunks = iter(lambda: response.read1(1 << 18), b"")
-        for chunk in progress(chunks, f"download {part.stem}", total, offset, "MB", 1e6, len):
-            file.write(chunk)
-    if total and part.stat().st_size < total:
-        raise ConnectionError(f"the connection broke after {part.stat().st_size} of {total} bytes")
+        file.writelines(progress(chunks, title, total, offset, "MB", 1e6, len))
+    if total and file.tell() < total:
+        raise ConnectionError(f"the connection broke after {file.tell()} of {total} bytes")
 
 # ----------------------------------------------------------- errors, safe files, threads, progress
 def escape_nonprintable(text):
-    """Escapes newlines, undecodable bytes and bidi control characters, so that a file name stays on
-    one line."""
+    """Escapes newlines, undecodable bytes and bidi controls: a file name stays on one line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 class UserError(Exception):
-    """Something that the user can mend: what is wrong, where, and what to do; further arguments are
-    lines of detail."""
-
+    """What the user can mend: what is wrong, where, and what to do; then lines of detail."""
     def __str__(self):
         return "\n  ".join(map(escape_nonprintable, self.args))
 
@@ -727,15 +636,13 @@ class DownloadError(UserError):
     """The network or the server failed; `--data auto` then takes the toy pets."""
 
 def seeded_generator(*key):
-    """A torch.Generator seeded by a hash of `key`, e.g. ("shuffle", seed, epoch): an exact resume
-    needs no state of a global generator."""
+    """A torch.Generator seeded by a hash of `key`, so that no state need be kept for a resume."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 @contextlib.contextmanager
 def atomic_path(path):
-    """Yields a path to write a file or folder to, which is renamed to `path` at the end; after an
-    error or a kill the old `path` is still there."""
+    """Yields a path to write to, renamed to `path` at the end; after an error the old one stays."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as temporary:
@@ -752,67 +659,49 @@ def write_json(path, content):
 
 def write_csv(path, rows):
     """Writes dicts with the same keys as a CSV file, atomically."""
-    with atomic_path(path) as new, open(new, "w", newline="", encoding="utf-8",
-                                        errors="surrogateescape") as file:
+    with atomic_path(path) as new, open(new, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0] if rows else ())
         writer.writeheader()
         writer.writerows(rows)
 
 def take_lock(folder, wait=True):
-    """Locks a folder, and clears away what killed processes have left half-written in it. Returns
-    a handle, or None where another process has the lock. The kernel releases it with the process,
-    however that ends."""
+    """Locks a folder, until a `with` block or the process ends, and clears away what killed
+    processes have left half-written in it. None: another process has the lock."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if not fcntl:
-        return os.open(os.devnull, os.O_RDONLY)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        return os.close(handle)
-    for leftover in (*folder.glob(".part-*"), *folder.glob("*/.part-*")):
-        shutil.rmtree(leftover, ignore_errors=True)
-    return handle
-
-@contextlib.contextmanager
-def lock(folder):
-    """Holds a folder for this process alone while a block runs."""
-    handle = take_lock(folder)
-    try:
-        yield
-    finally:
-        os.close(handle)
-
-def parallel_map(function, items, threads=None):
-    """Ordered map() on a thread pool with at most 4 results per thread in flight. A UserError is
-    yielded, not raised."""
-    def call(item):
+    release = contextlib.ExitStack()
+    if fcntl:
+        handle = os.open(folder, os.O_RDONLY)
+        release.callback(os.close, handle)
         try:
-            return function(item)
-        except UserError as error:
-            return error
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return release.close()
+        for leftover in (*folder.glob(".part-*"), *folder.glob("*/.part-*")):
+            shutil.rmtree(leftover, ignore_errors=True)
+    return release
 
+def parallel_map(function, items, threads=None, errors=UserError):
+    """Ordered map() on threads, 4 results each in flight; `errors` are yielded, not raised."""
     threads = threads or torch.get_num_threads()
-    remaining, pool = iter(items), ThreadPoolExecutor(threads)
+    items, pool = iter(items), ThreadPoolExecutor(threads)
     try:
-        pending = deque(pool.submit(call, item) for item in islice(remaining, 4 * threads))
+        pending = deque(pool.submit(function, item) for item in islice(items, 4 * threads))
         while pending:
-            result = pending.popleft().result()
-            pending.extend(pool.submit(call, item) for item in islice(remaining, 1))
-            yield result
+            future = pending.popleft()
+            error = future.exception()  # waits until it is done
+            pending.extend(pool.submit(function, item) for item in islice(items, 1))
+            yield error if isinstance(error, errors) else future.result()
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C only what has begun is finished
 
 def format_time(seconds):
     """Seconds as 1:02:03 or 2:03."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    s = round(seconds)
+    return f"{s // 3600}:{s // 60 % 60:02}:{s % 60:02}" if s >= 3600 else f"{s // 60}:{s % 60:02}"
 
 class StatusLine:
     """A line on stderr of rank 0, redrawn in a terminal; in a log, a line every 30 seconds."""
-
     def __init__(self):
         self.terminal, self.last = sys.stderr.isatty(), time.monotonic()
         self.silent = os.environ.get("RANK", "0") != "0"
@@ -1062,11 +951,10 @@ def make_toys(root, seed=0, trainval=400, test=100):
         (new / "images").mkdir(parents=True)
         (new / "annotations" / "trimaps").mkdir(parents=True)
         for i, (image, trimap) in enumerate(progress(toys, "draw toy pets", total)):
-            number, breed = divmod(i, len(breeds))
-            name = f"{breeds[breed]}_{number + 1}"
+            name = f"{breeds[i % len(breeds)]}_{i // len(breeds) + 1}"
             image.save(new / "images" / f"{name}.jpg", quality=90)
             trimap.save(new / "annotations" / "trimaps" / f"{name}.png")
-            lines.append(f"{name} {breed + 1} {1 if name[0].isupper() else 2} 1\n")
+            lines.append(f"{name} {i % len(breeds) + 1} {1 if name[0].isupper() else 2} 1\n")
         (new / "annotations" / "trainval.txt").write_text("".join(lines[:trainval]))
         (new / "annotations" / "test.txt").write_text("".join(lines[trainval:]))
     return folder

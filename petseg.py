@@ -397,7 +397,7 @@ def find_data(choice, root, url):
     if choice not in ("auto", "pets", "toy"):
         return "".join(c if c.isalnum() else "-" for c in Path(choice).resolve().name), Path(choice)
     toys = Path(root) / data.TOYS
-    with data.lock(root):  # two runs that start together do not download twice
+    with data.take_lock(root):  # two runs that start together do not download twice
         if choice != "toy":
             try:
                 return "pets", data.get_pets(root, url)
@@ -421,7 +421,7 @@ def load_dataset(config, url):
 
 def open_split(dataset, split, config):
     """A split from the cache, with a warning about images that are left out."""
-    with data.lock(config["root"]):
+    with data.take_lock(config["root"]):
         found = data.open_split(dataset, split, config["size"], Path(config["root"]) / "cache")
     if found.skipped:
         log(f"warning: {len(found.skipped)} images of {split} are missing or unreadable and are "
@@ -997,7 +997,7 @@ def manage_data(args):
     """Downloads the pets, draws the toys, or reads all of a dataset and says what is wrong."""
     folders = [Path(args.root) / name for name in (data.PETS, data.TOYS)]
     if args.action == "toy":
-        with data.lock(args.root):
+        with data.take_lock(args.root):
             folder = data.make_toys(args.root, args.seed, args.trainval, args.test)
     elif args.action == "get" or args.data:
         folder = find_data("pets" if args.action == "get" else args.data, args.root, args.url)[1]

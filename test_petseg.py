@@ -823,7 +823,7 @@ def test_download(mirror, toys, tmp_path, settings, ending, part, asked, expecte
 
 def test_two_at_once_download_once_and_a_local_mirror_will_do(mirror, toys, tmp_path):
     def download(url):
-        with data.lock(tmp_path):
+        with data.take_lock(tmp_path):
             return files(data.get_pets(tmp_path, url, mirror.md5, ()))
 
     assert [*data.parallel_map(download, [mirror.url] * 2, 2)] == [files(toys)] * 2
@@ -852,7 +852,7 @@ def test_leftovers_of_killed_processes_are_cleared_away_under_the_lock(tmp_path)
     ready = fork.Event()
 
     def hold():
-        with data.lock(tmp_path), data.atomic_path(tmp_path / "cache" / "val") as new:
+        with data.take_lock(tmp_path), data.atomic_path(tmp_path / "cache" / "val") as new:
             make_files(new, "half")
             ready.set()
             time.sleep(60)
@@ -863,7 +863,7 @@ def test_leftovers_of_killed_processes_are_cleared_away_under_the_lock(tmp_path)
     holder.kill()
     holder.join()
     assert len(files(tmp_path)) == 1  # nothing was touched while the process lived
-    with data.lock(tmp_path):
+    with data.take_lock(tmp_path):
         assert not files(tmp_path) and data.take_lock(tmp_path, wait=False) is None
 
 def test_without_fcntl_and_resource_the_module_works(tmp_path, monkeypatch):
@@ -872,7 +872,7 @@ def test_without_fcntl_and_resource_the_module_works(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("data_again", data.__file__)
     again = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(again)
-    with again.lock(tmp_path):
+    with again.take_lock(tmp_path):
         dataset = again.scan_dataset(again.make_toys(tmp_path, trainval=12, test=2))
         assert len(again.open_split(dataset, "train", (32, 32), tmp_path / "cache").names) == 10
 
