@@ -45,8 +45,8 @@ MEAN, STD = (0.48, 0.45, 0.40), (0.27, 0.27, 0.28)  # of the pets' train images,
 BORDER_OFFSET, IGNORE_INDEX = 128, 255
 
 # --------------------------------------------------------------------------- the cache, and batches
-CachedSplit = namedtuple("CachedSplit", "names images labels skipped")
-# images (N, H, W, 3) and labels (N, H, W): uint8, memory-mapped; skipped: a line per unread image
+CachedSplit = namedtuple("CachedSplit", "names images labels")
+# images (N, H, W, 3) and labels (N, H, W): uint8, memory-mapped
 
 def get_samples(dataset, split):
     """The samples of a split, if there is such a split."""
@@ -54,29 +54,31 @@ def get_samples(dataset, split):
         raise UserError(f"{dataset.folder} has no {split} split; eval can take --split val")
     return dataset.splits[split]
 
-def open_split(dataset, split, size, cache):
-    """A split of a dataset at `size`, from the folder `cache`, where the first use decodes it. The
-    name there is a hash of the sizes and times of all files and of what mask values mean."""
+def open_split(dataset, split, size, root):
+    """A split of a dataset at `size`, from root/cache, where the first use decodes it. The name
+    there is a hash of the sizes and times of all files and of what mask values mean."""
     samples = get_samples(dataset, split)
     stats = [os.stat(path) if path.exists() else None for s in samples for path in s[1:3]]
     facts = [[s and (s.st_size, s.st_mtime_ns) for s in stats], Image.MAX_IMAGE_PIXELS,
              [(s.name, s.classes and [*s.classes.items()]) for s in samples]]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
-    path = Path(cache) / f"{dataset.folder.resolve().name}-{split}-{size[0]}x{size[1]}-{key}"
-    if not path.is_dir():
-        build_cache(path, samples, size, f"cache {split} at {size[0]}×{size[1]}")
+    name = f"{dataset.folder.resolve().name}-{split}-{size[0]}x{size[1]}-{key}"
+    path = Path(root) / "cache" / name
+    with take_lock(root):
+        if not path.is_dir():
+            build_cache(path, samples, size, f"cache {split} at {size[0]}×{size[1]}")
+    names, skipped = json.loads((path / "meta.json").read_text())
+    if skipped:
+        warnings.warn(f"{len(skipped)} images of {split} are missing or unreadable and are left "
+                      f"out; the first: {'; '.join(skipped[:5])}")
     images, labels = (np.memmap(path / name, np.uint8, "r") for name in ("images", "labels"))
-    return CachedSplit(images=images.reshape(-1, *size, 3), labels=labels.reshape(-1, *size),
-                       **json.loads((path / "meta.json").read_text()))
+    return CachedSplit(names, images.reshape(-1, *size, 3), labels.reshape(-1, *size))
 
 def build_cache(path, samples, size, title):
     """Decodes every sample once, into the files `images` and `labels` of a folder."""
     names, skipped = [], []
     with atomic_path(path) as folder:
         folder.mkdir()
-        need, free = 4e-6 * size[0] * size[1] * len(samples), shutil.disk_usage(folder).free / 1e6
-        if need > free:
-            raise UserError(f"{path} needs {need:,.0f} MB of {free:,.0f}; name a disk with --root")
         pairs = parallel_map(lambda sample: read_pair(sample, size), samples, errors=ImageError)
         with open(folder / "images", "wb") as images, open(folder / "labels", "wb") as labels:
             for sample, pair in zip(samples, progress(pairs, title, len(samples))):
@@ -88,7 +90,7 @@ def build_cache(path, samples, size, title):
                     labels.write(pair[1].tobytes())
         if not names:
             raise UserError(f"none of {len(samples)} images can be read; the first: {skipped[0]}")
-        (folder / "meta.json").write_text(json.dumps({"names": names, "skipped": skipped}))
+        (folder / "meta.json").write_text(json.dumps([names, skipped]))
 
 def to_gpu(split, device):
     """The split in GPU memory, as uint8, where it takes at most half of what is free."""
@@ -211,8 +213,6 @@ def open_image(path):
         if not os.path.isfile(path):  # reading a pipe would never end
             raise OSError("no such file")
         with Image.open(path, formats=FORMATS) as image:
-            if max(image.size) > 10**6:  # Pillow keeps 12 bytes per row, however short it is
-                raise ValueError("one side is longer than a million pixels")
             yield image
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path} has more than {2 * Image.MAX_IMAGE_PIXELS:,.0f} pixels; "
@@ -345,9 +345,9 @@ CITYSCAPES = """static dynamic ground road sidewalk parking rail-track building 
     rider car truck bus caravan trailer train motorcycle bicycle""".split()
 CITYSCAPES_EVAL_IDS = [7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33]
 
-Dataset = namedtuple("Dataset", "folder layout class_names splits random_split warnings")
+Dataset = namedtuple("Dataset", "folder layout class_names splits random_split")
 # splits: {"train": [Sample, ...], "val": ..., and maybe "test": ...}; random_split: {"val": names,
-# "test": names} where we drew it, {} where the folder says; warnings: a line for each left out
+# "test": names} where we drew it, {} where the folder says
 
 def scan_dataset(folder, classes="pet", cityscapes_classes="19", random_split=None):
     """Understands a folder by what lies in it. `classes` is for the pets, "pet" or "species";
@@ -383,7 +383,7 @@ def scan_pets(folder, classes):
     if (folder / "annotations" / "test.txt").is_file():
         splits["test"] = list(read_list(folder / "annotations" / "test.txt"))
     names = ["background", "pet"] if classes == "pet" else ["background", "cat", "dog"]
-    return Dataset(folder, "the layout of the pets", names, splits, {}, [])
+    return Dataset(folder, "the layout of the pets", names, splits, {})
 
 def scan_cityscapes(folder, number):
     """https://www.cityscapes-dataset.com without its test images, whose labels are secret."""
@@ -395,7 +395,7 @@ def scan_cityscapes(folder, number):
         for image in find_images([root]):
             name = image.relative_to(root).as_posix().removesuffix("_leftImg8bit.png")
             samples.append(Sample(name, image, masks / f"{name}_gtFine_labelIds.png", classes))
-    return Dataset(folder, "Cityscapes", [CITYSCAPES[i - 4] for i in ids], splits, {}, [])
+    return Dataset(folder, "Cityscapes", [CITYSCAPES[i - 4] for i in ids], splits, {})
 
 def scan_image_and_mask_folders(folder, random_split):
     """Images beside masks, with train, val, test above or below the two, or with a random split."""
@@ -407,7 +407,7 @@ def scan_image_and_mask_folders(folder, random_split):
                   for place in (Path(split, name), Path(name, split)) if place in folders]
         return folders[places[0]] if places else None
 
-    pairs, notes = {}, []
+    pairs = {}
     for split, names in SPLIT_FOLDERS.items():
         pair = find(IMAGE_FOLDERS, names), find(MASK_FOLDERS, names)
         if all(pair) and (split != "all" or not pairs):
@@ -422,9 +422,9 @@ def scan_image_and_mask_folders(folder, random_split):
             or ["no images at all"])
     layout = " and ".join(f"{p.relative_to(folder)}/" for pair in pairs.values() for p in pair)
     classes, class_names = read_classes(folder)
-    splits = {split: match_pairs(*pair, classes, notes) for split, pair in pairs.items()}
+    splits = {split: match_pairs(*pair, classes) for split, pair in pairs.items()}
     if "all" not in splits:
-        return Dataset(folder, layout, class_names, splits, {}, notes)
+        return Dataset(folder, layout, class_names, splits, {})
     samples = splits["all"]
     if len(samples) < 3:
         raise UserError(f"{folder} has {len(samples)} labelled images; at least 3 are needed")
@@ -435,16 +435,16 @@ def scan_image_and_mask_folders(folder, random_split):
     split_of = {name: split for split, names in random_split.items() for name in names}
     splits = {split: chosen for split in ("train", "val", "test")
               if (chosen := [s for s in samples if split_of.get(s.name, "train") == split])}
-    return Dataset(folder, layout, class_names, splits, random_split, notes)
+    return Dataset(folder, layout, class_names, splits, random_split)
 
-def match_pairs(images, masks, classes, notes):
+def match_pairs(images, masks, classes):
     """Pairs images with masks of the same name, or with the same text around it in every mask."""
     image_of, mask_of = {}, {}
     for folder, paths in ((images, image_of), (masks, mask_of)):
         for path in find_images([folder]):
             first = paths.setdefault(path.relative_to(folder).with_suffix(""), path)
             if first != path:
-                notes.append(f"{path} is left out: {first} has the same name")
+                warnings.warn(f"{path} is left out: {first} has the same name")
     affixes = Counter()  # what stands before and after the names of some images in names of masks
     for stem in [name.name for name in image_of][::len(image_of) // 20 + 1]:
         for mask in [name.name for name in mask_of if stem in name.name]:
@@ -464,7 +464,7 @@ def match_pairs(images, masks, classes, notes):
     for kind, rest in (("images without a mask", image_of), ("masks without an image", mask_of)):
         if rest:
             first = ", ".join(map(str, islice(rest.values(), 5)))
-            notes.append(f"{len(rest)} {kind} are left out; the first: {first}")
+            warnings.warn(f"{len(rest)} {kind} are left out; the first: {first}")
     return samples
 
 # a line of classes.txt: VALUE NAME, R G B NAME, or NAME; and what was its form before

@@ -12,7 +12,6 @@ from pathlib import Path
 # --------------------------------------------------------------------------------------- options
 PROGRAM = os.environ.get("PETSEG_PROGRAM") or f"python {sys.argv[0]}"  # as the user typed it
 DEFAULT_CKPT = Path(__file__).with_name("weights") / "unet.pt"
-PETS_URL = "https://www.robots.ox.ac.uk/~vgg/data/pets/data/"
 MODELS = ("unet", "resnet34_unet")
 AUGMENT_BOUNDS = {"rotate": (0, 180), "zoom": (1, 10), "aspect": (1, 3)} | dict.fromkeys(
     ("flip", "vflip", "shift", "brightness", "contrast", "saturation", "cutmix"), (0, 1))
@@ -36,6 +35,12 @@ def number(kind, low, high=float("inf")):
     parse.__name__ = kind.__name__  # argparse names it where `kind` fails
     return parse
 
+def image_size(text):
+    """--size as (height, width): S, or HxW."""
+    height, _, width = text.partition("x")
+    side = number(int, 32, 2**15)
+    return side(height), side(width or height)
+
 def parse_augment(text):
     """--augment as {name: strength}: a preset, or strengths as in rotate=15,flip=0.5."""
     if text in AUGMENT_PRESETS:
@@ -47,18 +52,9 @@ def parse_augment(text):
             f"rotate=15,flip=0.5, not {text!r}")
     return {name: number(float, *AUGMENT_BOUNDS[name])(value) for name, value in strengths.items()}
 
-def image_size(text):
-    """--size as (height, width): S, or HxW."""
-    sides = [int(word) if word.isdecimal() else 0 for word in text.split("x")]
-    if len(sides) > 2 or not all(32 <= side <= 2**15 for side in sides):
-        raise argparse.ArgumentTypeError(f"expected a side from 32 to {2**15} as in 128, or height "
-                                         f"and width as in 256x512, not {text!r}")
-    return sides[0], sides[-1]
-
 COUNT, AMOUNT, FRACTION = number(int, 1, 2**31), number(float, 0), number(float, 0, 1)
-# Every option: default, type or choices, help. First those of a run, its config; a default of None
-# depends on machine and data, see `resolve_config`. To add one, add a line here and read
-# config["NAME"] where it matters.
+# Every option: default, type or choices, help. First those of a run, its config; a new one is a
+# line here, and config["NAME"] where it matters. None depends on the machine: `resolve_config`.
 OPTIONS = {
     "data": ("auto", str, "auto (the pets, or else toy pets), pets, toy, or a folder"),
     "root": ("data", str, "where downloaded data and the cache are kept"),
@@ -106,19 +102,17 @@ OTHER_OPTIONS = {
     "threshold": (0.5, FRACTION, "probability from which on a pixel is foreground"),
     "tta": (True, bool, "test-time augmentation: average over flipped and rescaled views"),
     "device": ("auto", ("auto", "cpu", "cuda", "mps"), "where to compute"),
-    "url": (PETS_URL, str, "a mirror to download the pets from"),
+    "url": ("https://www.robots.ox.ac.uk/~vgg/data/pets/data/", str, "a mirror of the pets"),
     "split": ("test", ("train", "val", "test"), "the split to score"),
     "save": (None, str, "some of mask,overlay,cutout,panel"),
     "max_pixels": (50_000_000, COUNT, "images with more pixels are refused"),
     "skip_existing": (False, bool, "leave out images whose results are there already"),
-    "trainval": (400, COUNT, "toys to train with"),
-    "test": (100, COUNT, "toys to test with"),
     "rounds": (3, COUNT, "measurements of each variant, of which the median"),
-    "only": (None, str, argparse.SUPPRESS),
+    "only": (None, str, argparse.SUPPRESS),  # bench of one variant
 }
 
 def command_line():
-    """The parser. An option of a run that is not typed stays None, unless its command has a default
+    """The parser. An option of a run that is not typed is None, unless its command has a default
     for it: so a resumed run can tell what was typed."""
     parser = Parser(prog="petseg.py", description="Segments pets from photos, pixel by pixel.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -126,14 +120,13 @@ def command_line():
     def command(name, text, *options, **defaults):
         sub = commands.add_parser(name, help=text, description=text)
         for option in ("json", *options):
-            usual, kind, help = OPTIONS.get(option) or OTHER_OPTIONS[option]
+            usual, kind, help = (OPTIONS | OTHER_OPTIONS)[option]
             default = defaults.get(option, None if option in OPTIONS else usual)
-            shown = default or (usual if name == "train" else None)
-            switch = argparse.BooleanOptionalAction if usual else "store_true"
-            kwargs = {"action": switch} if kind is bool else (
-                {"choices": kind} if isinstance(kind, tuple) else {"type": kind})
-            help += f" ({shown})" if shown and kind is not bool else ""
-            sub.add_argument(f"--{option.replace('_', '-')}", default=default, help=help, **kwargs)
+            if kind is not bool and (shown := default or usual if name == "train" else default):
+                help += f" ({shown})"
+            how = ({"action": argparse.BooleanOptionalAction} if kind is bool else
+                   {"choices": kind} if isinstance(kind, tuple) else {"type": kind})
+            sub.add_argument(f"--{option.replace('_', '-')}", default=default, help=help, **how)
         return sub.add_argument
 
     source = ("data", "root", "url", "max_pixels")
@@ -148,16 +141,15 @@ def command_line():
     command("compare", "the curves of several runs in one picture, and a table", "out",
             out="compare.png")("runs", nargs="+", metavar="RUN")
     command("data", "fetch, verify, or draw the data", *source, "classes", "cityscapes_classes",
-            "trainval", "test", "seed", root="data", seed=0, classes="pet",
-            cityscapes_classes="19")(
+            root="data", classes="pet", cityscapes_classes="19")(
         "action", nargs="?", choices=("get", "check", "toy"), default="check")
-    command("summary", "a table of layers: shape, parameters, multiply-adds", "size", "width",
-            "upsample", size=(256, 256), width=64, upsample="transpose")("model", choices=MODELS)
     command("export", "a model as one file for use without petseg: .pt2 (torch) or .onnx", "ckpt",
             "out", out="model.pt2")
+    command("summary", "a table of layers: shape, parameters, multiply-adds", "size", "width",
+            "upsample", size=(256, 256), width=64, upsample="transpose")("model", choices=MODELS)
     command("bench", "images per second and peak memory: the plain loop against this one", *source,
             "device", "threads", "precision", "size", "width", "batch_size", "grad_checkpoint",
-            "rounds", "only", data="toy")("model", choices=MODELS)
+            "rounds", "only", data="toy", root="data")("model", choices=MODELS)
     return parser
 
 # parsed before torch is imported, which takes a second: --help and typing errors come at once
@@ -167,7 +159,6 @@ import contextlib
 import copy
 import csv
 import ctypes
-import errno
 import importlib.util
 import json
 import logging
@@ -176,7 +167,6 @@ import pickle
 import platform
 import re
 import signal
-import struct
 import subprocess
 import time
 import warnings
@@ -194,30 +184,27 @@ import data
 import layers
 from data import UserError
 
-try:
-    import resource
-except ImportError:  # not on Windows
-    resource = None
+# torchrun starts this program several times, and numbers the processes; rank 0 logs and writes
+RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 # ----------------------------------------------------------------------------------------- train
 def train_step(config, model, optimizers, train_set, indices, epoch, step, class_weights=None):
     """One optimizer step on the images `indices`, a micro-batch at a time. Returns the sums of
-    (loss, images, Dice, IoU) over the images and the pixel counts (C, 3), or None where the
-    gradients are not finite and the step is skipped. Every random draw depends on (seed, epoch,
-    step, rank) alone."""
+    (loss, images, Dice, IoU) and the pixel counts (C, 3), or None where the step is skipped, as its
+    gradients are not finite. Every random draw depends on (seed, epoch, step, rank) alone."""
     device, classes = next(model.parameters()).device, len(config["class_names"])
     size, seed = layers.train_image_size(config, epoch), config["seed"]
     sums = torch.zeros(4, device=device)
     counts = torch.zeros(classes, 3, dtype=torch.long, device=device)
     bn_stats = [buffer.clone() for buffer in model.buffers()]
-    torch.manual_seed(data.seeded_generator("dropout", seed, epoch, step, rank()).initial_seed())
+    torch.manual_seed(data.seeded_generator("dropout", seed, epoch, step, RANK).initial_seed())
     for micro_step, batch in enumerate(indices.split(config["batch_size"])):
-        batch = batch[rank()::world_size()]  # each rank takes its share
+        batch = batch[RANK::WORLD_SIZE]  # each rank takes its share
         images, labels = data.get_batch(train_set, batch, device)
         if not len(batch):  # the last batch is too small for this rank: it contributes zeros
             model(images).sum().backward()
             continue
-        rng = data.seeded_generator("augment", seed, epoch, step, micro_step, rank())
+        rng = data.seeded_generator("augment", seed, epoch, step, micro_step, RANK)
         if config["augment"] or size != config["size"]:
             images, labels = data.augment(images, labels, rng, size, config["augment_prob"],
                                           **config["augment"])
@@ -226,7 +213,7 @@ def train_step(config, model, optimizers, train_set, indices, epoch, step, class
             logits = model(data.normalize(images))
         loss = layers.LOSSES[config["loss"]](logits, target, class_weights)
         # each image counts the same, however the batches fall; DDP averages gradients over ranks
-        (loss * len(batch) * world_size() / len(indices)).backward()
+        (loss * len(batch) * WORLD_SIZE / len(indices)).backward()
 
         mask = layers.probs_to_mask(layers.probabilities(logits.detach()))
         image_counts = layers.count_pixels(mask, target, classes)
@@ -249,7 +236,8 @@ def train_step(config, model, optimizers, train_set, indices, epoch, step, class
 def train(args):
     """Trains a model from scratch, or goes on with a run; then scores the test split."""
     device = setup_device(args)
-    folder, config, last = broadcast_object(open_run(args, device) if rank() == 0 else None)
+    with rank0_first():
+        folder, config, last = open_run(args, device)
     if not config:
         return print_result(args, f"{folder} is finished; --epochs prolongs it, another --name "
                             "begins a new run", last)
@@ -257,8 +245,8 @@ def train(args):
     # data
     with rank0_first():  # it downloads and decodes, the others find it on disk
         dataset = load_dataset(config, args.url)
-        train_set = open_split(dataset, "train", config)
-        val_set = open_split(dataset, "val", config)
+        train_set = data.open_split(dataset, "train", config["size"], config["root"])
+        val_set = data.open_split(dataset, "val", config["size"], config["root"])
     config |= {"random_split": dataset.random_split, "class_names": dataset.class_names}
     class_weights = layers.class_weights(
         config["class_weights"], class_frequencies(dataset, train_set, config)).to(device)
@@ -275,14 +263,15 @@ def train(args):
     optimizers = layers.make_optimizers(model, config)
 
     # where the run stands
-    run = SimpleNamespace(epoch=1, step=0, skipped=0, seconds=0.0, history=[], sums=torch.zeros(4),
-                          counts=torch.zeros(len(config["class_names"]), 3, dtype=torch.long),
-                          train_images=train_set.names)
+    run = SimpleNamespace(epoch=1, step=0, skipped=0, seconds=0.0, history=[], val_scores=[],
+                          train_images=train_set.names, sums=torch.zeros(4),
+                          counts=torch.zeros(len(config["class_names"]), 3, dtype=torch.long))
+    if RANK == 0 and data.take_lock(folder, wait=False) is None:
+        raise UserError(f"another process is training in {folder}; stop it, or wait for its end")
     if last:
         restore(run, model, ema_model, optimizers, last, folder)
-    elif rank() == 0:
-        lock_run(folder)
     run.sums, run.counts = run.sums.to(device), run.counts.to(device)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     checkpoint = folder, run, config, model, ema_model, optimizers
     saved = save_last(*checkpoint)  # at once, so that a full disk shows now
     log_start(folder, config, resumed=bool(last))
@@ -306,8 +295,9 @@ def train(args):
                 raise SystemExit(128 + signum)
 
             done = layers.value_at(progress, run.epoch - 1 + (step + 0.5) / len(steps))
-            lr = layers.SCHEDULES[config["schedule"]](config, done, val_scores(run, config))
-            set_lr(optimizers, lr)
+            lr = layers.SCHEDULES[config["schedule"]](config, done, run.val_scores)
+            for group in groups:
+                group["lr"] = lr * group["lr_scale"]
             result = train_step(config, train_model, optimizers, train_set, steps[step], run.epoch,
                                 step, class_weights)
             run.seconds = time.monotonic() - start
@@ -328,29 +318,38 @@ def train(args):
 
         predictor = Predictor(ema_model, config)
         best = finish_epoch(folder, run, config, lr,
-                         *evaluate(predictor, val_set, config["loss"], class_weights))
-        if rank() == 0:
+                            *evaluate(predictor, val_set, config["loss"], class_weights))
+        if RANK == 0:
             # last.pt comes last: killed before it, the epoch is done again and writes the same
             if best or not (folder / "best.pt").exists():
                 save_model(folder / "best.pt", ema_model, config, run.history)
             if config["save_every"] and run.epoch % config["save_every"] == 0:
                 save_model(folder / f"epoch-{run.epoch}.pt", ema_model, config, run.history)
-            draw_run(folder, run, config, predictor, val_set)
+            data.write_csv(folder / "metrics.csv", run.history)
+            data.draw_curves(folder / "curves.png", {folder.name: run.history}, main_metric(config))
+            draw_samples(folder / "samples.png", predictor, val_set,
+                         torch.linspace(0, len(val_set.names) - 1, 8).int().unique())
         run.epoch, run.step, run.skipped, run.seconds = run.epoch + 1, 0, 0, 0.0
         run.sums.zero_()
         run.counts.zero_()
         saved = save_last(*checkpoint)
 
-    release_signals(signals)
-    score_test(args, folder, config, run.history, dataset)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, terminate)
+    if signals:  # one that came after the last step
+        signal.raise_signal(signals[0])
+    with rank0_first():  # it has written best.pt
+        predictor = load_predictor(args, folder / "best.pt")
+    score_split(args, predictor, dataset, config, "test" if "test" in dataset.splits else "val",
+                folder / "test.json")
 
 def evaluate(predictor, split, loss="bce_dice", class_weights=None, batch_size=32):
     """Predicts every image of a split: (mean loss, pixel counts of each image (N, C, 3))."""
     n, config, device = len(split.names), predictor.config, predictor.device
     classes, loss_sum = len(config["class_names"]), torch.zeros((), device=device)
     counts = torch.zeros(n, classes, 3, dtype=torch.long, device=device)
-    for start in range(rank(), n, batch_size * world_size()):
-        shard = slice(start, start + batch_size * world_size(), world_size())
+    for start in range(RANK, n, batch_size * WORLD_SIZE):
+        shard = slice(start, start + batch_size * WORLD_SIZE, WORLD_SIZE)
         images, labels = data.get_batch(split, torch.arange(n)[shard], device)
         target, logits = eval_target(config, labels), predictor(images)
         loss_sum += layers.LOSSES[loss](logits, target, class_weights) * len(images)
@@ -364,14 +363,16 @@ def eval_target(config, labels):
     return data.labels_to_target(labels, border, classes=len(config["class_names"]))
 
 # ------------------------------------------------------------------- what train and evaluate call
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
 def setup_device(args):
     """The device asked for, or the best there is; sets the threads and malloc of this process."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
                  "cpu": True}
-    best = next(name for name, there in available.items() if there)
-    name = best if args.device == "auto" else args.device
-    if not available[name]:
-        raise UserError(f"this machine has no {name} device that torch can use; try --device cpu")
+    name = next((name for name, there in available.items()
+                 if there and args.device in ("auto", name)), None)
+    if not name:
+        raise UserError(f"torch can use no {args.device} device here; try --device cpu")
     torch.backends.cudnn.deterministic = True  # the same seed gives the same weights
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -383,8 +384,6 @@ def setup_device(args):
             ctypes.CDLL(None).mallopt(option, value)
     return torch.device(name)
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
 def pick_precision(name, device):
     """"bf16" or "fp32"; auto is bfloat16 where the hardware multiplies it faster."""
     fast = torch.cuda.get_device_capability()[0] >= 8 if device.type == "cuda" else (
@@ -393,53 +392,40 @@ def pick_precision(name, device):
     return name if name in DTYPES else "bf16" if fast else "fp32"
 
 def find_data(choice, root, url):
-    """The folder that --data means, downloaded or drawn if need be: (its name, it)."""
+    """The folder that --data means, downloaded or drawn if need be."""
     if choice not in ("auto", "pets", "toy"):
-        return "".join(c if c.isalnum() else "-" for c in Path(choice).resolve().name), Path(choice)
+        return Path(choice)
     toys = Path(root) / data.TOYS
     with data.take_lock(root):  # two runs that start together do not download twice
         if choice != "toy":
             try:
-                return "pets", data.get_pets(root, url)
+                return data.get_pets(root, url)
             except data.DownloadError as error:
                 if choice == "pets":
                     raise
                 log(f"!!! The pets are not in {root} and could not be downloaded: {error}.\n!!! "
                     "What follows uses TOY PETS, drawn by this program: its scores say nothing\n"
                     f"!!! about photos. For real pets: {PROGRAM} data get, or --data FOLDER.")
-        return "toy", toys if toys.is_dir() else data.make_toys(root)
+        return toys if toys.is_dir() else data.make_toys(root)
 
 def load_dataset(config, url):
     """The dataset of a config; the border is a class of its own where the config says so."""
-    dataset = data.scan_dataset(find_data(config["data"], config["root"], url)[1],
-                                config["classes"], config["cityscapes_classes"],
-                                config["random_split"])
-    for warning in dataset.warnings:
-        log(f"warning: {warning}")
+    dataset = data.scan_dataset(
+        find_data(config["data"], config["root"], url), config["classes"],
+        config["cityscapes_classes"], config["random_split"])
     border = ["border"] * (config.get("border") == "class")
     return dataset._replace(class_names=dataset.class_names + border)
 
-def open_split(dataset, split, config):
-    """A split from the cache, with a warning about images that are left out."""
-    with data.take_lock(config["root"]):
-        found = data.open_split(dataset, split, config["size"], Path(config["root"]) / "cache")
-    if found.skipped:
-        log(f"warning: {len(found.skipped)} images of {split} are missing or unreadable and are "
-            "left out; the first: " + "; ".join(found.skipped[:5]))
-    return found
-
 def class_frequencies(dataset, split, config):
     """The fraction of each class in the pixels of a split; logs what the dataset is."""
-    pixels = torch.zeros(256, dtype=torch.long)
+    names, pixels = config["class_names"], torch.zeros(256, dtype=torch.long)
     for labels in np.array_split(split.labels, len(split.labels) // 256 + 1):
         target = eval_target(config, torch.from_numpy(np.array(labels)))
         pixels += torch.bincount(target.flatten(), minlength=256)
-    names, ignored = config["class_names"], float(pixels[data.IGNORE_INDEX] / pixels.sum())
     frequencies = pixels[:len(names)].double() / pixels[:len(names)].sum().clamp(min=1)
-    log(f"{dataset.folder}: {dataset.layout}; "
-        + ", ".join(f"{len(samples):,} {name}" for name, samples in dataset.splits.items()) + "; "
-        + ", ".join(f"{name} {f:.1%}" for name, f in zip(names, frequencies.tolist()))
-        + " of the pixels" + f"; ignored {ignored:.1%}" * bool(ignored))
+    parts = [f"{len(samples):,} {name}" for name, samples in dataset.splits.items()]
+    parts += [f"{name} {f:.1%}" for name, f in zip(names, frequencies.tolist())]
+    log(f"{dataset.folder}: {dataset.layout}; {', '.join(parts)} of the pixels")
     if absent := [name for name, f in zip(names, frequencies) if not f]:
         log(f"warning: never in the training images, so it cannot be learned: {', '.join(absent)}")
     return frequencies
@@ -508,51 +494,35 @@ def abort_run(folder, run, why):
     raise UserError(f"{why} in epoch {run.epoch} of {folder}; the last good checkpoint is kept; "
                     "begin a new run with a lower --lr, --grad-clip 1, or --precision fp32")
 
-def val_scores(run, config):
-    """The main metric on val of each epoch so far."""
-    return [row[f"val_{main_metric(config)}"] for row in run.history]
-
-def set_lr(optimizers, lr):
-    """Sets the learning rate of the next step."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
-
 def finish_epoch(folder, run, config, lr, val_loss, val_counts):
     """Adds the row of an epoch to the history and logs it; returns whether it is the best yet."""
     loss_sum, n, dice_sum, iou_sum = run.sums.tolist()
     if not n or not math.isfinite(val_loss):
         abort_run(folder, run, f"the val loss is {val_loss}")
     names, metric = config["class_names"], main_metric(config)
-    columns = ("dice", "iou") if metric == "dice" else ("mean_dice", "mean_iou")
-    train = layers.class_metrics(run.counts.cpu(), names)
-    train |= {"dice": dice_sum / n, "iou": iou_sum / n}
     height, width = layers.train_image_size(config, run.epoch)
-    val = compute_metrics(val_counts, names)
+    train = layers.class_metrics(run.counts.cpu(), names) | {
+        "loss": loss_sum / n, "dice": dice_sum / n, "iou": iou_sum / n}
+    val = compute_metrics(val_counts, names) | {"loss": val_loss}
+    columns = ("loss", "dice", "iou") if metric == "dice" else ("loss", "mean_dice", "mean_iou")
     row = {"epoch": run.epoch, "image_height": height, "image_width": width,
-           "train_loss": loss_sum / n, **{f"train_{name}": train[name] for name in columns},
-           "val_loss": val_loss, **{f"val_{name}": val[name] for name in columns}, "lr": lr,
+           **{f"train_{name}": train[name] for name in columns},
+           **{f"val_{name}": val[name] for name in columns}, "lr": lr,
            "skipped_steps": run.skipped, "seconds": run.seconds,
            "images_per_second": n / run.seconds}
-    best = row[f"val_{metric}"] > max(val_scores(run, config), default=-1.0)
+    best = val[metric] > max(run.val_scores, default=-1.0)
     run.history.append(row)
-    log(f"epoch {run.epoch}/{config['epochs']}  {height}×{width}  train loss {loss_sum / n:.4f} "
+    run.val_scores.append(val[metric])
+    log(f"epoch {run.epoch}/{config['epochs']}  {height}×{width}  train loss {train['loss']:.4f} "
         f"{metric} {train[metric]:.4f}  val loss {val_loss:.4f} {metric} {val[metric]:.4f}"
         f"{' *' if best else '  '}  {data.format_time(run.seconds)}, {n / run.seconds:.0f} images/s"
         + f", {run.skipped} steps skipped: infinite gradients" * bool(run.skipped))
     return best
 
-def draw_run(folder, run, config, predictor, val_set):
-    """Writes metrics.csv, curves.png and samples.png of a run."""
-    data.write_csv(folder / "metrics.csv", run.history)
-    data.draw_curves(folder / "curves.png", {folder.name: run.history}, main_metric(config))
-    samples = np.unique(np.linspace(0, len(val_set.names) - 1, 8).astype(int))
-    draw_samples(folder / "samples.png", predictor, val_set, samples)
-
 def draw_samples(path, predictor, split, indices):
     """A grid of photo | ground truth | prediction for some images of a split."""
     config, names = predictor.config, predictor.config["class_names"]
-    images, labels = data.get_batch(split, torch.as_tensor(indices), predictor.device)
+    images, labels = data.get_batch(split, indices, predictor.device)
     masks = layers.probs_to_mask(layers.probabilities(predictor(images)), predictor.threshold)
     target = eval_target(config, labels)
     scores = image_scores(layers.count_pixels(masks, target, len(names))).tolist()
@@ -562,47 +532,12 @@ def draw_samples(path, predictor, split, indices):
                    f"{main_metric(config)} {score:.3f}  {split.names[i]}", names, side=160)
         for i, truth, mask, score in zip(indices, truths, masks.cpu().numpy(), scores)]), path)
 
-def evaluate_and_draw_worst(predictor, split, path):
-    """The pixel counts of each image of a split; draws the twelve worst images."""
-    _, counts = evaluate(predictor, split)
-    worst = image_scores(counts).argsort(stable=True)[:12]
-    if rank() == 0:
-        draw_samples(path, predictor, split, worst.numpy())
-    return counts
-
-def score_test(args, folder, config, history, dataset):
-    """Scores the test split (val, where there is none) with best.pt as a user will load it."""
-    name = "test" if "test" in dataset.splits else "val"
-    with rank0_first():
-        predictor = load_predictor(args, folder / "best.pt")
-        split = open_split(dataset, name, config)
-    counts = evaluate_and_draw_worst(predictor, split, folder / "worst.png")
-    metrics, val = compute_metrics(counts, config["class_names"]), f"val_{main_metric(config)}"
-    result = {"run": str(folder), "split": name, "epoch": predictor.metrics["epoch"],
-              val: predictor.metrics[val], "seconds": sum(row["seconds"] for row in history)}
-    print_result(args, f"{folder}: best epoch {result['epoch']}, {val.replace('_', ' ')} "
-                 f"{result[val]:.4f}\n{format_metrics(name, metrics)}", result | metrics,
-                 folder / "test.json")
-
 def catch_signals():
-    """From now on SIGINT and SIGTERM only append to a list, which the loop reads; returns it. A
-    second Ctrl-C interrupts at once."""
+    """From now on SIGINT and SIGTERM are only appended to a list, which the loop reads."""
     signals = []
-
-    def on_signal(signum, _):
-        signals.append(signum)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGINT, on_signal)
-    signal.signal(signal.SIGTERM, on_signal)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, lambda number, _: signals.append(number))
     return signals
-
-def release_signals(signals):
-    """Ends what `catch_signals` began; a signal that came after the last step works now."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, terminate)
-    for signum in signals:
-        signal.raise_signal(signum)
 
 def terminate(*_):
     """What SIGTERM does outside of the training loop: what is half-written is cleared away."""
@@ -612,29 +547,40 @@ def terminate(*_):
 DEFAULTS = {name: default for name, (default, *_) in OPTIONS.items()}
 CONFIG_EXAMPLE = DEFAULTS | {"width": 16, "size": (), "class_names": [], "random_split": {}}
 RESUME_OVERRIDES = ("epochs", "threads", "save_every", "checkpoint_minutes", "root", "data")
+BEST_KEYS = {"config", "weights", "metrics"}  # the keys of a best.pt
+LAST_KEYS = {"config", "model", "ema", "optimizers", "epoch", "step", "skipped", "seconds",
+             "history", "val_scores", "sums", "counts", "train_images"}  # and of a last.pt
+# what zipfile and torch raise at files that are damaged or made to do harm
+LOAD_ERRORS = (*data.DECODE_ERRORS, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError,
+               AttributeError, AssertionError, ArithmeticError)
+
+def explicit_options(args):
+    """The options of a run that were typed."""
+    return {name: value for name, value in vars(args).items()
+            if name in ("model", *OPTIONS) and value is not None}
 
 def open_run(args, device):
     """(folder, config, last.pt or None) of a run; of a finished one (folder, None, its result)."""
-    typed, run_id = explicit_options(args), os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    folder = Path(args.resume) if args.resume else args.name and Path(args.out) / args.name
-    if not folder or not has_checkpoint(folder):
-        if folder and (args.resume or (folder / "best.pt").exists()):
-            raise UserError(f"{folder} has no last.pt; try another --name with --init-from BEST")
-        if not args.model:
-            raise UserError(f"which model? {PROGRAM} train unet, or train resnet34_unet")
-        name, _ = find_data(args.data or "auto", args.root or "data", args.url)
-        typed["data"] = name if args.data in (None, "auto") else args.data
-        config = resolve_config(typed, device, toy=name == "toy") | environment_info(device)
-        stamp = f"{datetime.now():%Y%m%d-%H%M%S-%f}" if run_id == "none" else run_id
-        folder = folder or Path(args.out) / f"{name}-{args.model}-{stamp}"
-    if not has_checkpoint(folder):
-        return folder, config, None
+    typed, now = explicit_options(args), environment_info(device)
+    if args.resume:
+        folder = Path(args.resume)
+    elif not args.model:
+        raise UserError(f"which model? {PROGRAM} train unet, or train resnet34_unet")
+    else:
+        source = find_data(args.data or "auto", args.root or "data", args.url)
+        if args.data in (None, "auto"):
+            typed["data"] = "pets" if source.name == data.PETS else "toy"
+        run_id = os.environ.get("TORCHELASTIC_RUN_ID") or f"{datetime.now():%Y%m%d-%H%M%S-%f}"
+        name = "".join(c if c.isalnum() else "-" for c in source.resolve().name)
+        folder = Path(args.out) / (args.name or f"{name}-{args.model}-{run_id}")
 
-    lock_run(folder)
-    last, result, now = load_last(folder), folder / "test.json", environment_info(device)
-    config, resolved = last["config"], {"data": "auto", "precision": "auto"}
-    changed = {name: value for name, value in typed.items()
-               if value not in (config[name], resolved.get(name))}
+    if not any((folder / name).exists() for name in ("last.pt", "previous.pt")):
+        if args.resume or (folder / "best.pt").exists():
+            raise UserError(f"{folder} has no last.pt; try another --name with --init-from BEST")
+        return folder, resolve_config(typed, device, toy=source.name == data.TOYS) | now, None
+    last, result = load_last(folder), folder / "test.json"
+    config = last["config"]
+    changed = {name: value for name, value in typed.items() if value not in ("auto", config[name])}
     for name in changed.keys() - RESUME_OVERRIDES:
         raise UserError(f"{folder} was begun with --{name.replace('_', '-')} {config[name]}, not "
                         f"{changed[name]}; leave it out, or begin a new run with another --name")
@@ -647,20 +593,6 @@ def open_run(args, device):
     if last["epoch"] > config["epochs"] and result.is_file():
         return folder, None, json.loads(result.read_text())
     return folder, config, last
-
-def lock_run(folder):
-    """Keeps other processes from training in a folder for as long as this one lives."""
-    if data.take_lock(folder, wait=False) is None:
-        raise UserError(f"another process is training in {folder}; stop it, or wait for its end")
-
-def has_checkpoint(folder):
-    """Whether a folder holds a run to go on with."""
-    return (folder / "last.pt").exists() or (folder / "previous.pt").exists()
-
-def explicit_options(args):
-    """The options of a run that were typed."""
-    return {name: value for name, value in vars(args).items()
-            if name in ("model", *OPTIONS) and value is not None}
 
 def resolve_config(typed, device, toy=False):
     """Every option of a run: what was typed, else the default that fits machine and data."""
@@ -694,30 +626,19 @@ def environment_info(device):
     """What a run runs on."""
     git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, text=True,
                          capture_output=True)
-    cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-    cpu = (re.findall(r"model name\s*: (.*)", cpuinfo) or [platform.processor()])[0]
-    return {"device": str(device), "threads": torch.get_num_threads(), "processes": world_size(),
-            "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+    return {"device": str(device), "threads": torch.get_num_threads(), "processes": WORLD_SIZE,
+            "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
             "system": platform.platform(), "python": platform.python_version(),
             "torch": str(torch.__version__), "commit": git.stdout.strip() or None}
 
 def log_start(folder, config, resumed):
     """What runs where, and whether other work slows it: an operation waits for all its threads."""
     log(f"{'resuming' if resumed else 'training'} {folder} on {config['device']}, "
-        f"{world_size()} processes, {config['threads']} threads\n"
-        + ", ".join(f"{name} {config[name]}" for name in ("model", *OPTIONS)))
+        f"{WORLD_SIZE} processes, {config['threads']} threads")
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
     free = max(1, math.floor(os.cpu_count() - load + 0.3))
     if config["device"] == "cpu" and config["threads"] > free:
         log(f"the machine is busy (load {load:.1f}); --threads {free} may be faster")
-
-BEST_KEYS = {"config", "weights", "metrics"}  # the keys of a best.pt
-LAST_KEYS = {"config", "model", "ema", "optimizers", "epoch", "step", "skipped", "seconds",
-             "history", "sums", "counts", "train_images"}  # and of a last.pt
-# what zipfile and torch raise at files that are damaged or made to do harm
-LOAD_ERRORS = (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, ValueError, LookupError,
-               TypeError, AttributeError, AssertionError, ArithmeticError, EOFError, MemoryError,
-               OSError, struct.error, zlib.error)
 
 def save_checkpoint(path, content):
     """Writes a checkpoint so that at any moment the old or the new one is there, complete."""
@@ -739,21 +660,20 @@ def load_checkpoint(path, keys, device="cpu"):
         raise UserError(f"there is no checkpoint {path}")
     try:
         with zipfile.ZipFile(path) as archive:
-            size = sum(part.file_size for part in archive.infolist())
-            odd = any(part.compress_type or part.external_attr for part in archive.infolist())
-            if size > path.stat().st_size or odd or archive.testzip():
+            parts = archive.infolist()
+            odd = any(part.compress_type or part.external_attr for part in parts)
+            if odd or sum(p.file_size for p in parts) > path.stat().st_size or archive.testzip():
                 raise zipfile.BadZipFile("a zip bomb, or a flipped bit")
         content = torch.load(path, map_location=device, weights_only=True)
-        if "petseg" in content:
-            raise UserError(f"{path} is of an older version of petseg; train again")
         if not keys <= content.keys():
-            raise UserError(f"{path} is not the {name} of a run; a last.pt is for --resume")
+            raise UserError(f"{path} is not the {name} of a run, or of an older version of petseg; "
+                            "a last.pt is for --resume, an old best.pt must be trained again")
         config = content["config"] = DEFAULTS | content["config"]
-        names, size = config["class_names"], config["size"]
         wrong = [name for name, example in CONFIG_EXAMPLE.items()
                  if example is not None and not isinstance(config[name], type(example))]
-        if wrong or not (2 <= len(names) <= 101 and len(size) == 2
-                         and 32 <= min(size) <= max(size) <= 2**15):
+        height, width = config["size"]
+        if wrong or not (2 <= len(config["class_names"]) <= 101
+                         and 32 <= min(height, width) <= max(height, width) <= 2**15):
             raise ValueError(wrong or "classes or size")
         for key in keys & {"weights", "model", "ema"}:
             # a copy, as torch notes in a state dict that it is to be assigned
@@ -761,7 +681,7 @@ def load_checkpoint(path, keys, device="cpu"):
             if not all_finite(content[key]):
                 raise UserError(f"the weights in {path} are not all finite; take another file")
         return content
-    except (UserError, PermissionError):
+    except PermissionError:
         raise
     except LOAD_ERRORS as error:  # torch's own words advise to execute what is in the file
         raise UserError(f"{path} is damaged, or holds no model of petseg") from error
@@ -779,7 +699,7 @@ def save_last(folder, run, config, model, ema_model, optimizers):
     """Writes last.pt and keeps the one before as previous.pt; returns the time."""
     if not (all_finite(model.state_dict()) and all_finite(ema_model.state_dict())):
         abort_run(folder, run, "the weights are not finite")
-    if rank() == 0:
+    if RANK == 0:
         data.write_json(folder / "config.json", config)
         save_checkpoint(folder / "next.pt", {
             "config": config, "model": model.state_dict(), "ema": ema_model.state_dict(),
@@ -807,7 +727,7 @@ def restore(run, model, ema_model, optimizers, last, folder):
     for optimizer, state in zip(optimizers, last["optimizers"]):
         optimizer.load_state_dict(state)
     vars(run).update({name: last[name] for name in vars(run)})
-    if rank() == 0:
+    if RANK == 0:
         (folder / "test.json").unlink(missing_ok=True)  # it is of fewer epochs
 
 def init_from(model, config):
@@ -829,17 +749,16 @@ def save_model(path, model, config, history):
 
 def load_predictor(args, path):
     """The model of a best.pt, ready to predict; args.tta and the like say how."""
-    device = setup_device(args)
-    options = {"threshold": 0.5, "tta": True, "precision": None} | vars(args)
+    device, options = setup_device(args), {"threshold": 0.5, "tta": True} | vars(args)
     content = load_checkpoint(path, BEST_KEYS, device)
     config, model = content["config"], build_empty(content["config"])
     if options["threshold"] != 0.5 and len(config["class_names"]) > 2:
         raise UserError(f"--threshold is for two classes, and {path} has more; leave it out")
     model.load_state_dict(content["weights"], assign=True)
-    config["precision"] = pick_precision(options["precision"] or "auto", device)
+    config["precision"] = pick_precision(args.precision or "auto", device)
     predictor = Predictor(model.float().to(memory_format=torch.channels_last), config,
                           options["threshold"], options["tta"])
-    predictor.metrics = content["metrics"]
+    predictor.path, predictor.metrics = path, content["metrics"]
     return predictor
 
 # --------------------------------------------------------------------------- eval, infer, compare
@@ -855,63 +774,65 @@ def eval_dataset(args, config):
     return dataset, own
 
 def eval_command(args):
-    """Scores a split with a trained model: overall, per class or breed, and the worst images."""
+    """Scores a split with a trained model."""
     with rank0_first():
         predictor = load_predictor(args, args.ckpt)
         dataset, config = eval_dataset(args, predictor.config)
-        split = open_split(dataset, args.split, config)
-    worst, names = Path(args.out) / f"worst-{args.split}.png", config["class_names"]
-    counts = evaluate_and_draw_worst(predictor, split, worst)
+    score_split(args, predictor, dataset, config, args.split, Path(args.out) / f"{args.split}.json")
+
+def score_split(args, predictor, dataset, config, name, path):
+    """Scores a split: overall, per class or breed. Writes the scores to `path`, and worst.png."""
+    names, best, metric = config["class_names"], predictor.metrics, f"val_{main_metric(config)}"
+    with rank0_first():
+        split = data.open_split(dataset, name, config["size"], config["root"])
+    _, counts = evaluate(predictor, split)
     metrics = compute_metrics(counts, names)
     if names == ["background", "pet"]:
         breed_of = np.array([name.rpartition("_")[0] for name in split.names])
         metrics["breeds"] = {breed: compute_metrics(counts[breed_of == breed], names)
                              for breed in np.unique(breed_of).tolist()}
-    print_result(args, f"{format_metrics(args.split, metrics)}\nthe worst images: {worst}",
-                 {"split": args.split, "checkpoint": str(args.ckpt), **metrics},
-                 worst.with_name(f"{args.split}.json"))
-
-COLUMNS = ("file", "output", "fraction", "left", "top", "right", "bottom", "confidence", "dice",
-           "iou")  # of predictions.csv; Dice and IoU at the image's own size
+    worst, worst_path = image_scores(counts).argsort(stable=True)[:12], path.with_name("worst.png")
+    if RANK == 0:
+        draw_samples(worst_path, predictor, split, worst)
+    result = {"checkpoint": str(predictor.path), "split": name, "epoch": best["epoch"],
+              metric: best[metric], "seconds": best["seconds"], **metrics}
+    print_result(args, f"{format_metrics(name, metrics)}\n{predictor.path}: epoch {best['epoch']}, "
+                 f"{metric.replace('_', ' ')} {best[metric]:.4f}\nthe worst images: {worst_path}",
+                 result, path)
 
 def segment_image(predictor, outputs, out, name, sample):
-    """Segments one image and writes its outputs; returns its row of predictions.csv."""
+    """Segments one image and writes its outputs; returns its row of predictions.csv, with Dice and
+    IoU at the image's own size."""
     config, names = predictor.config, predictor.config["class_names"]
-    labels, truth, metrics = None, None, {}
-    if sample.mask:
-        try:
-            labels = data.read_mask(sample.mask, sample.classes)
-            photo = data.read_image(sample.image, mask_size=labels.shape)
-        except UserError as error:  # without its mask the photo can be segmented all the same
-            log(f"warning: {error}")
-            labels = None
-    if labels is None:
-        photo = data.read_image(sample.image)
+    labels = data.read_mask(sample.mask, sample.classes) if sample.mask else None
+    photo = data.read_image(sample.image, mask_size=None if labels is None else labels.shape)
     pixels = torch.from_numpy(data.resize(photo, config["size"])[None]).to(predictor.device)
     probs = layers.probabilities(predictor(data.to_float_nchw(pixels)))[0].cpu().numpy()
     mask, confidence = data.upsample_and_argmax(probs, photo.size[::-1], predictor.threshold)
+    truth, metrics = None, {}
     if labels is not None:
         target = eval_target(config, torch.from_numpy(labels)[None])
-        counts = layers.count_pixels(torch.from_numpy(mask)[None], target, len(names))
-        metrics = compute_metrics(counts, names)
+        metrics = compute_metrics(
+            layers.count_pixels(torch.from_numpy(mask)[None], target, len(names)), names)
         truth = torch.where(target == data.IGNORE_INDEX, 0, target)[0].numpy()
     for output in outputs:
         image = data.OUTPUTS[output][1](photo, mask, truth, names)
         data.save_image(image, data.output_path(out, name, output))
     fractions = (np.bincount(mask.ravel(), minlength=len(names)) / mask.size).tolist()
-    box = data.to_image(mask > 0).getbbox() or (None,) * 4
-    scores = [metrics.get("mean_" * (len(names) > 2) + key) for key in ("dice", "iou")]
-    row = dict(zip(COLUMNS, (data.escape_nonprintable(str(sample.image)), name, 1 - fractions[0],
-                             *box, confidence, *scores)))
+    left, top, right, bottom = data.to_image(mask > 0).getbbox() or (None,) * 4
+    prefix = "mean_" if len(names) > 2 else ""
+    row = {"file": data.escape_nonprintable(str(sample.image)), "output": name,
+           "fraction": 1 - fractions[0], "left": left, "top": top, "right": right, "bottom": bottom,
+           "confidence": confidence, "dice": metrics.get(f"{prefix}dice"),
+           "iou": metrics.get(f"{prefix}iou")}
     if len(names) > 2:
         row |= {f"fraction of {name}": f for name, f in zip(names, fractions)}
     return row
 
 def read_predictions(path, outputs):
     """{output name: row} of an earlier predictions.csv, where all files of the row are there."""
-    with open(path, newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    if rows and not set(COLUMNS) <= rows[0].keys():
+    rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+    if rows and not {"file", "output", "dice", "iou"} <= rows[0].keys():
         raise UserError(f"{path} is not as infer writes it; move it, or leave out --skip-existing")
     return {row["output"]: row for row in rows if all(
         data.output_path(path.parent, row["output"], output).is_file() for output in outputs)}
@@ -935,9 +856,6 @@ def infer(args):
             != data.escape_nonprintable(str(sample.image))}
     rows = dict.fromkeys(names) | old  # of each output name: a row, or what went wrong
 
-    def save_table():
-        data.write_csv(table, [row for row in rows.values() if isinstance(row, dict)])
-
     # one image per thread, from file to file: 342 photos of 500×375 in 9 s on two cores, start
     # included; one after the other, with both cores on each forward pass, 57 took 8 s
     threads = torch.get_num_threads()
@@ -946,12 +864,10 @@ def infer(args):
     results = data.parallel_map(lambda task: segment_image(predictor, outputs, out, *task),
                                 todo.items(), threads)
     try:
-        for i, name in enumerate(data.progress(todo, "infer", len(todo))):
+        for name in data.progress(todo, "infer", len(todo)):
             rows[name] = next(results)
-            if i % 200 == 199:  # so that a kill costs the table no more
-                save_table()
     finally:
-        save_table()
+        data.write_csv(table, [row for row in rows.values() if isinstance(row, dict)])
 
     failed = [str(row) for row in rows.values() if isinstance(row, UserError)]
     scores = [(float(row["dice"]), float(row["iou"])) for row in map(rows.get, names)
@@ -972,12 +888,12 @@ def compare(args):
     for folder, name in zip(folders, data.unique_names([folder.name for folder in folders])):
         if not (folder / "metrics.csv").is_file():
             raise UserError(f"{folder} is no run with a finished epoch: it has no metrics.csv")
-        with open(folder / "metrics.csv", newline="") as file:
-            histories[name] = history = [{key: json.loads(value) for key, value in row.items()}
-                                         for row in csv.DictReader(file)]
         config, test = json.loads((folder / "config.json").read_text()), folder / "test.json"
         if "class_names" not in config:
             raise UserError(f"{folder} is of an older version of petseg; train again")
+        lines = (folder / "metrics.csv").read_text().splitlines()
+        histories[name] = history = [{key: json.loads(value) for key, value in row.items()}
+                                     for row in csv.DictReader(lines)]
         metric = main_metric(config)
         best = max(history, key=lambda row: row[f"val_{metric}"])
         rows.append({
@@ -995,35 +911,32 @@ def compare(args):
 # ------------------------------------------------------------------- data, summary, export, bench
 def manage_data(args):
     """Downloads the pets, draws the toys, or reads all of a dataset and says what is wrong."""
-    folders = [Path(args.root) / name for name in (data.PETS, data.TOYS)]
-    if args.action == "toy":
-        with data.take_lock(args.root):
-            folder = data.make_toys(args.root, args.seed, args.trainval, args.test)
-    elif args.action == "get" or args.data:
-        folder = find_data("pets" if args.action == "get" else args.data, args.root, args.url)[1]
-    elif not (folder := next(filter(Path.is_dir, folders), None)):
+    there = [choice for choice, name in (("pets", data.PETS), ("toy", data.TOYS))
+             if (Path(args.root) / name).is_dir()]
+    choice = {"get": "pets", "toy": "toy"}.get(args.action) or args.data or (there + [None])[0]
+    if not choice:
         raise UserError(f"no data in {args.root}; try {PROGRAM} data get, data toy, --data FOLDER")
-    dataset = load_dataset(vars(args) | {"data": str(folder), "random_split": {}}, args.url)
-    result = {"folder": str(folder), "layout": dataset.layout, "class_names": dataset.class_names,
-              "splits": [], "fractions": [{"class": name} for name in dataset.class_names],
-              "errors": [], "notes": [], "warnings": dataset.warnings}
-    details = []
+    dataset = load_dataset(vars(args) | {"data": choice, "random_split": {}}, args.url)
+    splits, fractions = [], [{"class": name} for name in dataset.class_names]
+    errors, notes = [], []
     for split, check in data.verify(dataset).items():
-        result["splits"].append({"split": split, "images": len(dataset.splits[split]),
-                                 "errors": len(check.errors)})
-        result["errors"] += map(str, check.errors)
-        result["notes"] += [f"{split}: {note}" for note in check.notes]
-        for row, fraction in zip(result["fractions"], check.fractions.tolist()):
+        splits.append({"split": split, "images": len(dataset.splits[split]),
+                       "errors": len(check.errors)})
+        errors += check.errors
+        notes += [f"{split}: {note}" for note in check.notes]
+        for row, fraction in zip(fractions, check.fractions.tolist()):
             row[split] = fraction
-            result["notes"] += [f"{split}: the class {row['class']} never occurs"] * (not fraction)
-        details += [error.args for error in check.errors]
-    text = [f"{folder}: {dataset.layout}", format_table(result["splits"]), "",
-            format_table(result["fractions"]), *result["notes"]]
-    print_result(args, "\n".join(text), result)
-    if details:
-        raise UserError(f"{len(details)} images of {folder} cannot be used:",
-                        *[args[0] for args in details[:5]], *details[0][1:])
+            notes += [f"{split}: the class {row['class']} never occurs"] * (not fraction)
+    print_result(args, "\n".join([f"{dataset.folder}: {dataset.layout}", format_table(splits), "",
+                                  format_table(fractions), *notes]),
+                 {"folder": str(dataset.folder), "layout": dataset.layout,
+                  "class_names": dataset.class_names, "splits": splits, "fractions": fractions,
+                  "errors": [*map(str, errors)], "notes": notes})
+    if errors:
+        raise UserError(f"{len(errors)} images of {dataset.folder} cannot be used:",
+                        *[error.args[0] for error in errors[:5]], *errors[0].args[1:])
 
+@torch.no_grad()
 def layer_table(model, width, size, upsample="transpose"):
     """A row for each innermost layer, from a forward pass on the meta device, without numbers."""
     rows = []
@@ -1037,7 +950,7 @@ def layer_table(model, width, size, upsample="transpose"):
                      "parameters": sum(p.numel() for p in layer.parameters()),
                      "multiply_adds": pixels * layer.weight.numel() if "Conv" in kind else 0})
 
-    with torch.device("meta"), torch.no_grad():
+    with torch.device("meta"):
         network = layers.MODELS[model](width=width, upsample=upsample)
         names = {layer: name for name, layer in network.named_modules()}
         for layer in names:
@@ -1127,12 +1040,12 @@ def ours(config, split, device):
     return step, predict
 
 def measure(args, config, device):
-    """What `bench` asks of a fresh process: images/s, GB, multiply-adds/s of a matrix product."""
+    """One variant's images/s and GB, and multiply-adds/s of a matrix product, of this process."""
     dataset, batch_size = load_dataset(config, args.url), config["batch_size"]
-    split = data.to_gpu(open_split(dataset, "train", config), device)
+    split = data.to_gpu(data.open_split(dataset, "train", config["size"], config["root"]), device)
     step, predict = (ours(config, split, device) if args.only == "petseg" else
                      baseline(config, dataset.splits["train"], device))
-    side = 2048 if device.type == "cpu" else 8192
+    side = 1024 if device.type == "cpu" else 8192
     matrix = torch.randn(side, side, device=device).to(DTYPES[config["precision"]])
     batches = data.epoch_order(len(split.names), 1, 0, 1).split(batch_size)
 
@@ -1148,47 +1061,44 @@ def measure(args, config, device):
     result = {"train": rate(step, batch_size), "infer": rate(predict, batch_size)}
     if device.type == "cuda":
         result["memory"] = torch.cuda.max_memory_allocated() / 1e9
-    elif resource:
+    elif sys.platform != "win32":
+        import resource  # which Windows does not have
         unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
         result["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-    return result | {"peak_matmul": rate(lambda _: matrix @ matrix, side**3)}
+    return result | {"matmul": rate(lambda _: matrix @ matrix, side**3)}
 
 def bench(args):
     """Measures the plain way to write such a program and this one, in fresh processes by turns."""
     device = setup_device(args)
     config = resolve_config(explicit_options(args), device) | {
-        "root": args.root or "data", "class_names": ["background", "pet"], "augment": FULL}
+        "class_names": ["background", "pet"], "augment": FULL}
     if args.only:
         return print_result(args, "", measure(args, config, device))
-    rounds = {"baseline": [], "petseg": []}
-    for i in range(args.rounds):
-        for variant, results in rounds.items():
-            log(f"round {i + 1} of {args.rounds}: {variant}")
-            child = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--json", "--only",
-                                    variant], stdout=subprocess.PIPE, text=True)
-            if child.returncode:
-                raise SystemExit(child.returncode)
-            results.append(json.loads(child.stdout))
-    plain, mine = [{key: float(np.median([result[key] for result in results]))
-                    for key in results[0]} for results in rounds.values()]
+    results = {"baseline": [], "petseg": []}
+    for variant in [*results] * args.rounds:
+        log(f"measuring {variant}, {len(results[variant]) + 1} of {args.rounds}")
+        child = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--json", "--only",
+                                variant], stdout=subprocess.PIPE, text=True)
+        if child.returncode:
+            raise SystemExit(child.returncode)
+        results[variant].append(json.loads(child.stdout))
+    plain, mine = ({name: float(np.median([row[name] for row in rows])) for name in rows[0]}
+                   for rows in results.values())
     rows = [{args.model: name, "baseline": plain[name], "petseg": mine[name],
-             "ratio": mine[name] / plain[name]} for name in mine if name != "peak_matmul"]
+             "ratio": mine[name] / plain[name]} for name in mine]
     macs = sum(row["multiply_adds"]
                for row in layer_table(args.model, config["width"], config["size"]))
     # backward is two more convolutions for each: for its input and for its weights
-    fraction = {name: work * macs * mine[name] / mine["peak_matmul"]
+    fraction = {name: work * macs * mine[name] / mine["matmul"]
                 for name, work in (("train", 3), ("infer", 1))}
     print_result(args, f"{format_table(rows)}\nimages/s, GB; of the machine's matrix rate training "
                  f"reaches {fraction['train']:.0%}, inference {fraction['infer']:.0%}",
-                 {"baseline": plain, "petseg": mine, "fraction": fraction, "rounds": rounds,
+                 {"baseline": plain, "petseg": mine, "fraction": fraction, "results": results,
                   "multiply_adds": macs, "config": config})
 
 # ------------------------------------------------------------------- several processes, and output
-# torchrun starts this program once per GPU, or as often as it is told; else nothing here acts
 def init_distributed():
-    """Joins the other processes, if torchrun has started this one."""
-    if not dist.is_torchelastic_launched():
-        return
+    """Joins the other processes, if torchrun has started more than this one."""
     restarts, store = "TORCHELASTIC_MAX_RESTARTS", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
     if os.environ.get(restarts, "0") != "0" and os.environ.get(store) != "1":
         raise UserError(f"--max-restarts needs {store}=1 before torchrun: else it hangs")
@@ -1198,39 +1108,24 @@ def init_distributed():
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo",
                             timeout=timedelta(hours=1))  # as long as a download may take
 
-def rank():
-    """The number of this process; rank 0 alone logs and writes."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-def world_size():
-    """How many processes there are."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
 def all_reduce(tensor, op=dist.ReduceOp.SUM):
     """The sum of a tensor over all processes, in place."""
-    if world_size() > 1:
+    if WORLD_SIZE > 1:
         dist.all_reduce(tensor, op)
     return tensor
-
-def broadcast_object(value):
-    """What rank 0 has given for `value`."""
-    box = [value]
-    if world_size() > 1:
-        dist.broadcast_object_list(box)
-    return box[0]
 
 @contextlib.contextmanager
 def rank0_first():
     """Rank 0 goes first, then the others: they find on disk what it has downloaded and built."""
-    if rank() > 0:
+    if RANK > 0:
         dist.barrier()
     yield
-    if rank() == 0 and world_size() > 1:
+    if RANK == 0 and WORLD_SIZE > 1:
         dist.barrier()
 
 def wrap_ddp(model, device):
     """The model as all processes train it together: averaged gradients; on GPUs SyncBatchNorm."""
-    if world_size() == 1:
+    if WORLD_SIZE == 1:
         return model
     if device.type == "cuda":
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -1240,18 +1135,18 @@ def wrap_ddp(model, device):
 
 def average_bn_stats(model):
     """Averages BatchNorm's running statistics over ranks (there is no SyncBatchNorm on CPU)."""
-    for buffer in model.buffers() if world_size() > 1 else ():
+    for buffer in model.buffers() if WORLD_SIZE > 1 else ():
         if buffer.is_floating_point():
-            all_reduce(buffer).div_(world_size())
+            all_reduce(buffer).div_(WORLD_SIZE)
 
 def log(text, every_rank=False):
     """A line of progress or warning on stderr, in place of an unfinished status line."""
-    if rank() == 0 or every_rank:
+    if RANK == 0 or every_rank:
         print(("\r\x1b[K" if sys.stderr.isatty() else "") + text, file=sys.stderr, flush=True)
 
 def print_result(args, text, result, path=None):
     """The result on stdout, as text or as one line of JSON; and as JSON in the file `path`."""
-    if rank() == 0:
+    if RANK == 0:
         if path:
             data.write_json(path, result)
         print(json.dumps(result) if args.json else text, flush=True)
@@ -1274,36 +1169,35 @@ def format_metrics(split, metrics):
 
 # ------------------------------------------------------------------------------------------- main
 COMMANDS = {"train": train, "eval": eval_command, "infer": infer, "compare": compare,
-            "data": manage_data, "summary": summary, "export": export, "bench": bench}
+            "data": manage_data, "export": export, "summary": summary, "bench": bench}
 
 def explain(error):
     """What went wrong, for people; None where it is a defect of the program."""
-    if isinstance(error.__context__, OSError) and isinstance(error, RuntimeError):
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
         error = error.__context__  # torch.save hides the error of a full disk
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, OSError):
-        message = str(error.strerror or error) + f": {error.filename}" * bool(error.filename)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            message += "; make room, then the same command goes on"
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            message += "; change its permissions, or name another place with --out or --root"
-        return data.escape_nonprintable(message)
     if isinstance(error, MemoryError) or re.search("(out of|allocate|enough) memory", str(error)):
         return "not enough memory; lower --batch-size, --size or --width"
+    if isinstance(error, OSError):
+        return (data.escape_nonprintable(f"{error.strerror or error}: {error.filename}") + "; make "
+                "room, change permissions, or name another place with --out or --root; then the "
+                "same command goes on")
     if isinstance(error, dist.DistError) or "gloo" in str(error):
         return "another process has ended, and so this one does"
 
 def main(args):
     """Runs a subcommand; turns what a user can cause into a message and an exit code."""
     signal.signal(signal.SIGTERM, terminate)
+    warnings.showwarning = lambda message, *_: log(f"warning: {message}")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a file name may be undecodable
     try:
         data.set_max_pixels(getattr(args, "max_pixels", 50_000_000))
-        init_distributed()
-        if world_size() > 1 and args.command not in ("train", "eval"):
+        if WORLD_SIZE > 1 and args.command not in ("train", "eval"):
             raise UserError(f"{args.command} runs in one process; leave out torchrun")
+        if dist.is_torchelastic_launched():
+            init_distributed()
         COMMANDS[args.command](args)
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -1315,7 +1209,7 @@ def main(args):
             raise error.__cause__
         if not (message := explain(error)):
             raise
-        which = f"rank {rank()} of {world_size()}: " if rank() else ""
+        which = f"rank {RANK} of {WORLD_SIZE}: " if RANK else ""
         log(f"petseg: {which}{message}", every_rank=True)
         raise SystemExit(2)
 
