@@ -298,20 +298,19 @@ def test_class_weights(mode, frequencies, expected):
     assert layers.class_weights(mode, torch.tensor(frequencies)).tolist() == pytest.approx(expected)
 
 @pytest.mark.parametrize("model", MODELS)
-def test_networks_overfit_eight_images(model, tmp_path):
+def test_networks_overfit_eight_images(model, toys, tmp_path):
     torch.manual_seed(0)
-    dataset = data.scan_dataset(data.make_toys(tmp_path, trainval=10, test=2))
-    split = data.open_split(dataset, "train", (48, 48), tmp_path)
+    split = data.open_split(data.scan_dataset(toys), "train", (32, 32), tmp_path)
     images, labels = data.get_batch(split, torch.arange(8))
     images, target, network = data.normalize(images), data.labels_to_target(labels), model(width=8)
     optimizer = torch.optim.Adam(network.parameters())
-    for step in range(100):
-        optimizer.param_groups[0]["lr"] = 0.01 * (1 - step / 100)
+    for step in range(60):
+        optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / 60)
         optimizer.zero_grad()
         layers.bce_dice_loss(network(images), target).backward()
         optimizer.step()
     mask = network.eval()(images)[:, 0] > 0
-    assert layers.binary_metrics(layers.count_pixels(mask, target, 2))["dice"] > 0.96
+    assert layers.binary_metrics(layers.count_pixels(mask, target, 2))["dice"] > 0.95
 
 def slow_metrics(mask, target, label):
     """True positives, predicted and true pixels, Dice and IoU of a class, pixel by pixel."""
@@ -1089,7 +1088,7 @@ def make_own_data(folder, kind, n=20):
 @pytest.mark.parametrize("kind, options", [
     ("splits", "--loss dice"), ("two classes", "--ema 0 --progressive 0"),
     ("R G B", "--size 32x48 --loss bce --class-weights inverse"),
-    ("Cityscapes", "--schedule plateau --repeat 8")])
+    ("Cityscapes", "--schedule plateau --repeat 6")])
 def test_own_data_from_training_to_masks(kind, options, tmp_path):
     folder, names, words = tmp_path / "own", OWN_DATA[kind][-1], ("--root", tmp_path, "--out")
     labels, metric = make_own_data(folder, kind), "dice" if len(names) == 2 else "mean_iou"
@@ -1355,7 +1354,7 @@ def test_two_processes_stopped_or_killed_equal_undisturbed(root, tmp_path):
         assert said_until(first, "epoch 1/4  32×32")
         os.kill(second.pid, signal.SIGTERM)
 
-    words = ("train", "unet", *TINY, "--root", root, "--epochs", 4, "--batch-size", 5, "--border",
+    words = ("train", "unet", *TINY, "--root", root, "--epochs", 4, "--batch-size", 7, "--border",
              "random", "--dropout", 0.5, "--checkpoint-minutes", 0.001, "--out")
     assert "2 processes" in run_by_two(*words, tmp_path / "quiet").stderr
     undisturbed, folder = (tmp_path / name / "toy-pets-unet-job" for name in ("quiet", "stopped"))
@@ -1452,10 +1451,10 @@ def test_infer_leaves_out_its_own_outputs_and_holds_few_bytes_a_pixel(trained, t
         Image.linear_gradient("L").resize((side, side)).convert("RGB").save(tmp_path / name)
         peaks.append(int(run(*words, tmp_path / "out").peak))
     assert (peaks[1] - peaks[0]) * (1 if sys.platform == "darwin" else 1024) < 23 * 4000 * 4000
-    done = run(*words, tmp_path / "out", "--max-pixels", 15_999_999, "--json", code=2)
-    assert json.loads(done.stdout)["images"] == 1
-    assert re.search("a_mask.png has more than 15,999,999 pixels.*--max-pixels", done.stderr)
-    assert answer(*words, tmp_path / "more")["images"] == 8  # elsewhere the name may be a photo's
+    for out, images in ("out", 1), ("more", 4):  # elsewhere a name like that may be a photo's
+        done = run(*words, tmp_path / out, "--max-pixels", 15_999_999, "--json", code=2)
+        assert json.loads(done.stdout)["images"] == images
+        assert re.search("a_mask.png has more than 15,999,999 pixels.*--max-pixels", done.stderr)
 
 @pytest.mark.parametrize("model, largest", [("unet", 8e6), ("resnet34_unet", 16e6)])
 def test_the_weights_that_come_with_the_program(model, largest, toys, tmp_path):
@@ -1563,7 +1562,7 @@ def test_no_bit_of_a_checkpoint_flips_unseen(trained, tmp_path):
     # anywhere, and in the archive's list of files: a tensor (is it compressed? a folder?), the last
     tensor, last = (content.rindex(b"PK\x01\x02", 0, i) for i in (content.rindex(b"/data/9"), end))
     places = [(tensor + 10, 3), (tensor + 38, 4)] + [(place, rng.integers(8)) for place in (
-        *rng.integers(end, size=150), *range(tensor, tensor + 60), *range(last, end))]
+        *rng.integers(end, size=40), *range(tensor, tensor + 60), *range(last, end))]
     for place, bit in places:
         flipped = bytearray(content)
         flipped[place] ^= 1 << bit
