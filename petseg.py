@@ -604,7 +604,7 @@ def resolve_config(typed, device, toy=False):
     if "init_from" in typed:
         start = load_checkpoint(typed["init_from"], BEST_KEYS)["config"]
         model = {name: start[name] for name in ("model", "width", "upsample")}
-        if typed | model != model | typed:
+        if any(typed.get(name, value) != value for name, value in model.items()):
             raise UserError(f"the weights in {typed['init_from']} are of another model, {model}")
         config |= model | {"size": start["size"]}
     config |= typed
@@ -673,8 +673,9 @@ def load_checkpoint(path, keys, device="cpu"):
                  if example is not None and not isinstance(config[name], type(example))]
         height, width = config["size"]
         if wrong or not (2 <= len(config["class_names"]) <= 101
-                         and 32 <= min(height, width) <= max(height, width) <= 2**15):
-            raise ValueError(wrong or "classes or size")
+                         and 32 <= min(height, width) <= max(height, width) <= 2**15
+                         and isinstance(content.get("metrics", {}), dict)):
+            raise ValueError(wrong or "classes, size or metrics")
         for key in keys & {"weights", "model", "ema"}:
             # a copy, as torch notes in a state dict that it is to be assigned
             build_empty(config).load_state_dict(dict(content[key]), assign=True)
@@ -782,7 +783,7 @@ def eval_command(args):
 
 def score_split(args, predictor, dataset, config, name, path):
     """Scores a split: overall, per class or breed. Writes the scores to `path`, and worst.png."""
-    names, best, metric = config["class_names"], predictor.metrics, f"val_{main_metric(config)}"
+    names = config["class_names"]
     with rank0_first():
         split = data.open_split(dataset, name, config["size"], config["root"])
     _, counts = evaluate(predictor, split)
@@ -794,11 +795,11 @@ def score_split(args, predictor, dataset, config, name, path):
     worst, worst_path = image_scores(counts).argsort(stable=True)[:12], path.with_name("worst.png")
     if RANK == 0:
         draw_samples(worst_path, predictor, split, worst)
-    result = {"checkpoint": str(predictor.path), "split": name, "epoch": best["epoch"],
-              metric: best[metric], "seconds": best["seconds"], **metrics}
-    print_result(args, f"{format_metrics(name, metrics)}\n{predictor.path}: epoch {best['epoch']}, "
-                 f"{metric.replace('_', ' ')} {best[metric]:.4f}\nthe worst images: {worst_path}",
-                 result, path)
+    model = {"checkpoint": str(predictor.path)}
+    for key in ("epoch", f"val_{main_metric(config)}", "seconds"):
+        model[key] = predictor.metrics.get(key)
+    print_result(args, f"{format_metrics(name, metrics)}\n\n{format_table([model])}\n\nthe worst "
+                 f"images: {worst_path}", {"split": name, **model, **metrics}, path)
 
 def segment_image(predictor, outputs, out, name, sample):
     """Segments one image and writes its outputs; returns its row of predictions.csv, with Dice and
