@@ -179,6 +179,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import layers
@@ -273,8 +274,8 @@ def train(args):
     run.sums, run.counts = run.sums.to(device), run.counts.to(device)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     checkpoint = folder, run, config, model, ema_model, optimizers
+    log_start(folder, config, last, device)
     saved = save_last(*checkpoint)  # at once, so that a full disk shows now
-    log_start(folder, config, resumed=bool(last))
     progress, status, signals = layers.epoch_progress(config), data.StatusLine(), catch_signals()
 
     while run.epoch <= config["epochs"]:
@@ -308,7 +309,7 @@ def train(args):
                     layers.update_ema(ema_model, model, config["ema"],
                                       (run.epoch - 1) * len(steps) + step)
             run.skipped += not result
-            if run.skipped > MAX_SKIPPED_STEPS:
+            if run.skipped > 10:
                 abort_run(folder, run, f"{run.skipped} steps had infinite gradients")
             if status.due():
                 speed = (done - progress[run.epoch - 1]) / run.seconds
@@ -367,35 +368,31 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def setup_device(args):
     """The device asked for, or the best there is; sets the threads and malloc of this process."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-                 "cpu": True}
-    name = next((name for name, there in available.items()
-                 if there and args.device in ("auto", name)), None)
-    if not name:
+    works = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
+             "cpu": True}
+    names = [name for name in works if works[name] and args.device in ("auto", name)]
+    if not names:
         raise UserError(f"torch can use no {args.device} device here; try --device cpu")
     torch.backends.cudnn.deterministic = True  # the same seed gives the same weights
     if args.threads:
         torch.set_num_threads(args.threads)
     # glibc keeps freed memory instead of returning it to the kernel, which clears each new page: a
     # step of UNet takes 250 ms instead of 300, of ResNet34-UNet 212 instead of 235
-    if name == "cpu" and sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        trim_threshold, mmap_threshold, arena_max = -1, -3, -8  # numbers of malloc.h
-        for option, value in ((trim_threshold, 2**31 - 1), (mmap_threshold, 2**24), (arena_max, 1)):
+    if names[0] == "cpu" and platform.libc_ver()[0] == "glibc":
+        for option, value in ((-1, 2**31 - 1), (-3, 2**24), (-8, 1)):  # trim, mmap, arenas
             ctypes.CDLL(None).mallopt(option, value)
-    return torch.device(name)
+    return torch.device(names[0])
 
 def pick_precision(name, device):
     """"bf16" or "fp32"; auto is bfloat16 where the hardware multiplies it faster."""
-    fast = torch.cuda.get_device_capability()[0] >= 8 if device.type == "cuda" else (
-        device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported()
-                                  or torch.cpu._is_amx_tile_supported()))
-    return name if name in DTYPES else "bf16" if fast else "fp32"
+    fast = {"cuda": torch.cuda.is_bf16_supported(including_emulation=False),
+            "cpu": torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()}
+    return name if name in DTYPES else "bf16" if fast.get(device.type) else "fp32"
 
 def find_data(choice, root, url):
     """The folder that --data means, downloaded or drawn if need be."""
     if choice not in ("auto", "pets", "toy"):
         return Path(choice)
-    toys = Path(root) / data.TOYS
     with data.take_lock(root):  # two runs that start together do not download twice
         if choice != "toy":
             try:
@@ -406,36 +403,36 @@ def find_data(choice, root, url):
                 log(f"!!! The pets are not in {root} and could not be downloaded: {error}.\n!!! "
                     "What follows uses TOY PETS, drawn by this program: its scores say nothing\n"
                     f"!!! about photos. For real pets: {PROGRAM} data get, or --data FOLDER.")
+        toys = Path(root) / data.TOYS
         return toys if toys.is_dir() else data.make_toys(root)
 
 def load_dataset(config, url):
     """The dataset of a config; the border is a class of its own where the config says so."""
-    dataset = data.scan_dataset(
-        find_data(config["data"], config["root"], url), config["classes"],
-        config["cityscapes_classes"], config["random_split"])
+    dataset = data.scan_dataset(find_data(config["data"], config["root"], url), config["classes"],
+                                config["cityscapes_classes"], config["random_split"])
     border = ["border"] * (config.get("border") == "class")
     return dataset._replace(class_names=dataset.class_names + border)
 
 def class_frequencies(dataset, split, config):
     """The fraction of each class in the pixels of a split; logs what the dataset is."""
-    names, pixels = config["class_names"], torch.zeros(256, dtype=torch.long)
-    for labels in np.array_split(split.labels, len(split.labels) // 256 + 1):
-        target = eval_target(config, torch.from_numpy(np.array(labels)))
-        pixels += torch.bincount(target.flatten(), minlength=256)
-    frequencies = pixels[:len(names)].double() / pixels[:len(names)].sum().clamp(min=1)
+    names = config["class_names"]
+    pixels = sum(np.bincount(labels.ravel(), minlength=256) for labels in split.labels)
+    target = eval_target(config, torch.arange(256, dtype=torch.uint8))  # of each label
+    counts = torch.bincount(target, torch.from_numpy(pixels).double())[:len(names)]
+    frequencies = counts / counts.sum().clamp(min=1)
     parts = [f"{len(samples):,} {name}" for name, samples in dataset.splits.items()]
-    parts += [f"{name} {f:.1%}" for name, f in zip(names, frequencies.tolist())]
-    log(f"{dataset.folder}: {dataset.layout}; {', '.join(parts)} of the pixels")
-    if absent := [name for name, f in zip(names, frequencies) if not f]:
-        log(f"warning: never in the training images, so it cannot be learned: {', '.join(absent)}")
+    parts += [f"{name} {f:.1%}" + " (warning: it cannot be learned)" * (not f)
+              for name, f in zip(names, frequencies.tolist())]
+    log(f"{dataset.folder}: {dataset.layout}; {', '.join(parts)} of the training pixels")
     return frequencies
 
-def build_model(config):
-    """The model that a config describes, in channels-last memory. Two classes have one logit."""
+def build_model(config, device="cpu"):
+    """The model of a config, channels-last; on "meta" even an absurd width takes no memory."""
     classes = len(config["class_names"])
-    model = layers.MODELS[config["model"]](classes=classes if classes > 2 else 1,
-                                           width=config["width"], upsample=config["upsample"],
-                                           dropout=config["dropout"])
+    with torch.device(device):
+        model = layers.MODELS[config["model"]](
+            classes=classes if classes > 2 else 1,  # two have one logit
+            width=config["width"], upsample=config["upsample"], dropout=config["dropout"])
     model.gradient_checkpointing = config["grad_checkpoint"]
     return model.to(memory_format=torch.channels_last)
 
@@ -487,8 +484,6 @@ def image_scores(counts):
     occurs = counts[..., 1:].any(dim=2)
     return (iou * occurs).sum(dim=1) / occurs.sum(dim=1).clamp(min=1)
 
-MAX_SKIPPED_STEPS = 10  # of an epoch, before the run is aborted
-
 def abort_run(folder, run, why):
     """Ends a run that diverged."""
     raise UserError(f"{why} in epoch {run.epoch} of {folder}; the last good checkpoint is kept; "
@@ -496,22 +491,21 @@ def abort_run(folder, run, why):
 
 def finish_epoch(folder, run, config, lr, val_loss, val_counts):
     """Adds the row of an epoch to the history and logs it; returns whether it is the best yet."""
-    loss_sum, n, dice_sum, iou_sum = run.sums.tolist()
+    loss, n, dice, iou = run.sums.tolist()
     if not n or not math.isfinite(val_loss):
         abort_run(folder, run, f"the val loss is {val_loss}")
     names, metric = config["class_names"], main_metric(config)
-    height, width = layers.train_image_size(config, run.epoch)
     train = layers.class_metrics(run.counts.cpu(), names) | {
-        "loss": loss_sum / n, "dice": dice_sum / n, "iou": iou_sum / n}
+        "loss": loss / n, "dice": dice / n, "iou": iou / n}
     val = compute_metrics(val_counts, names) | {"loss": val_loss}
     columns = ("loss", "dice", "iou") if metric == "dice" else ("loss", "mean_dice", "mean_iou")
-    row = {"epoch": run.epoch, "image_height": height, "image_width": width,
-           **{f"train_{name}": train[name] for name in columns},
-           **{f"val_{name}": val[name] for name in columns}, "lr": lr,
-           "skipped_steps": run.skipped, "seconds": run.seconds,
-           "images_per_second": n / run.seconds}
+    height, width = layers.train_image_size(config, run.epoch)
+    run.history.append({
+        "epoch": run.epoch, "image_height": height, "image_width": width,
+        **{f"train_{name}": train[name] for name in columns},
+        **{f"val_{name}": val[name] for name in columns}, "lr": lr, "skipped_steps": run.skipped,
+        "seconds": run.seconds, "images_per_second": n / run.seconds})
     best = val[metric] > max(run.val_scores, default=-1.0)
-    run.history.append(row)
     run.val_scores.append(val[metric])
     log(f"epoch {run.epoch}/{config['epochs']}  {height}×{width}  train loss {train['loss']:.4f} "
         f"{metric} {train[metric]:.4f}  val loss {val_loss:.4f} {metric} {val[metric]:.4f}"
@@ -526,11 +520,12 @@ def draw_samples(path, predictor, split, indices):
     masks = layers.probs_to_mask(layers.probabilities(predictor(images)), predictor.threshold)
     target = eval_target(config, labels)
     scores = image_scores(layers.count_pixels(masks, target, len(names))).tolist()
-    truths = torch.where(target == data.IGNORE_INDEX, 0, target).cpu().numpy()
+    target[target == data.IGNORE_INDEX] = 0
     data.save_image(data.image_grid([
         data.panel(data.to_image(split.images[i]), truth, mask,
                    f"{main_metric(config)} {score:.3f}  {split.names[i]}", names, side=160)
-        for i, truth, mask, score in zip(indices, truths, masks.cpu().numpy(), scores)]), path)
+        for i, truth, mask, score in zip(indices, target.cpu().numpy(), masks.cpu().numpy(), scores)
+    ]), path)
 
 def catch_signals():
     """From now on SIGINT and SIGTERM are only appended to a list, which the loop reads."""
@@ -544,118 +539,109 @@ def terminate(*_):
     raise SystemExit(143)
 
 # --------------------------------------------------------------------------- runs and checkpoints
-DEFAULTS = {name: default for name, (default, *_) in OPTIONS.items()}
+DEFAULTS = {"model": None} | {name: default for name, (default, *_) in OPTIONS.items()}
 CONFIG_EXAMPLE = DEFAULTS | {"width": 16, "size": (), "class_names": [], "random_split": {}}
-RESUME_OVERRIDES = ("epochs", "threads", "save_every", "checkpoint_minutes", "root", "data")
-BEST_KEYS = {"config", "weights", "metrics"}  # the keys of a best.pt
-LAST_KEYS = {"config", "model", "ema", "optimizers", "epoch", "step", "skipped", "seconds",
-             "history", "val_scores", "sums", "counts", "train_images"}  # and of a last.pt
+RESUME_OVERRIDES = {"epochs", "threads", "save_every", "checkpoint_minutes", "root", "data"}
 # what zipfile and torch raise at files that are damaged or made to do harm
 LOAD_ERRORS = (*data.DECODE_ERRORS, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError,
                AttributeError, AssertionError, ArithmeticError)
-
-def explicit_options(args):
-    """The options of a run that were typed."""
-    return {name: value for name, value in vars(args).items()
-            if name in ("model", *OPTIONS) and value is not None}
+KEYS = {"best.pt": {"config", "weights", "metrics"},
+        "last.pt": {"config", "model", "ema", "optimizers", "epoch", "step", "skipped", "seconds",
+                    "history", "val_scores", "sums", "counts", "train_images"}}
 
 def open_run(args, device):
     """(folder, config, last.pt or None) of a run; of a finished one (folder, None, its result)."""
-    typed, now = explicit_options(args), environment_info(device)
     if args.resume:
         folder = Path(args.resume)
     elif not args.model:
         raise UserError(f"which model? {PROGRAM} train unet, or train resnet34_unet")
     else:
-        source = find_data(args.data or "auto", args.root or "data", args.url)
+        source = find_data(args.data or "auto", args.root or "data", args.url).resolve()
         if args.data in (None, "auto"):
-            typed["data"] = "pets" if source.name == data.PETS else "toy"
+            args.data = "toy" if source.name == data.TOYS else "pets"
         run_id = os.environ.get("TORCHELASTIC_RUN_ID") or f"{datetime.now():%Y%m%d-%H%M%S-%f}"
-        name = "".join(c if c.isalnum() else "-" for c in source.resolve().name)
-        folder = Path(args.out) / (args.name or f"{name}-{args.model}-{run_id}")
+        name = re.sub(r"\W", "-", f"{source.name}-{args.model}-{run_id}")
+        folder = Path(args.out) / (args.name or name)
+        if not any(folder.glob("*.pt")):
+            return folder, resolve_config(vars(args), device, source.name == data.TOYS), None
 
-    if not any((folder / name).exists() for name in ("last.pt", "previous.pt")):
-        if args.resume or (folder / "best.pt").exists():
-            raise UserError(f"{folder} has no last.pt; try another --name with --init-from BEST")
-        return folder, resolve_config(typed, device, toy=source.name == data.TOYS) | now, None
-    last, result = load_last(folder), folder / "test.json"
-    config = last["config"]
-    changed = {name: value for name, value in typed.items() if value not in ("auto", config[name])}
+    last = load_last(folder)
+    old, result = last["config"], folder / "test.json"
+    changed = {name: value for name, value in vars(args).items()
+               if name in DEFAULTS and value not in (None, "auto", old[name])}
     for name in changed.keys() - RESUME_OVERRIDES:
-        raise UserError(f"{folder} was begun with --{name.replace('_', '-')} {config[name]}, not "
+        raise UserError(f"{folder} was begun with --{name.replace('_', '-')} {old[name]}, not "
                         f"{changed[name]}; leave it out, or begin a new run with another --name")
     if "epochs" in changed:
-        config["command"] += f", resumed with --epochs {changed['epochs']}"
-    for name in ("threads", "processes"):
-        if config[name] != now[name]:
-            log(f"warning: {config[name]} {name} before, now {now[name]}: not bit-exact any more")
-    config |= changed | now
+        changed["command"] = f"{old['command']}, resumed with --epochs {changed['epochs']}"
+    config = old | changed
     if last["epoch"] > config["epochs"] and result.is_file():
         return folder, None, json.loads(result.read_text())
     return folder, config, last
 
-def resolve_config(typed, device, toy=False):
+def resolve_config(options, device, toy=False):
     """Every option of a run: what was typed, else the default that fits machine and data."""
-    gpu, unet = device.type == "cuda", typed["model"] == "unet"
-    config = DEFAULTS | {
-        "size": (256, 256) if gpu else (128, 128), "batch_size": 32 if gpu else 16,
-        "width": 64 if gpu else 16 if unet else 32, "epochs": 16 if toy and unet else 20,
-        "random_split": {}, "command": shlex.join(["petseg.py", *sys.argv[1:]])}
+    typed = {name: value for name, value in options.items()
+             if name in DEFAULTS and value is not None}
+    config = DEFAULTS | {"random_split": {}, "command": shlex.join(["petseg.py", *sys.argv[1:]])}
     if "init_from" in typed:
-        start = load_checkpoint(typed["init_from"], BEST_KEYS)["config"]
+        start = load_checkpoint(typed["init_from"])["config"]
         model = {name: start[name] for name in ("model", "width", "upsample")}
         if any(typed.get(name, value) != value for name, value in model.items()):
             raise UserError(f"the weights in {typed['init_from']} are of another model, {model}")
         config |= model | {"size": start["size"]}
     config |= typed
     config["precision"] = pick_precision(config["precision"], device)
-    if config["lr"] is None:
-        config["lr"] = 0.02 if config["optimizer"] == "muon" else 0.004
-    if config["augment"] is None:
-        # val Dice of UNet, `full` and `strong`: 0.910 and 0.897 after 11 epochs, 0.934 and 0.937
-        # after 250 (a run each); test Dice on toys, `full` and `flip`: 0.941 and 0.962
-        preset = "flip" if toy else "strong" if config["epochs"] >= 100 else "full"
-        config["augment"] = AUGMENT_PRESETS[preset]
+    gpu, unet = device.type == "cuda", config["model"] == "unet"
+    # val Dice of UNet, `full` and `strong`: 0.910 and 0.897 after 11 epochs, 0.934 and 0.937 after
+    # 250 (a run each); test Dice on toys, `full` and `flip`: 0.941 and 0.962
+    preset = "flip" if toy else "strong" if (config["epochs"] or 0) >= 100 else "full"
+    fitting = {"size": (256, 256) if gpu else (128, 128), "batch_size": 32 if gpu else 16,
+               "width": 64 if gpu else 16 if unet else 32, "epochs": 16 if toy and unet else 20,
+               "lr": 0.02 if config["optimizer"] == "muon" else 0.004,
+               "augment": AUGMENT_PRESETS[preset]}
+    config |= {name: value for name, value in fitting.items() if config[name] is None}
     if config["compile"] and config["grad_checkpoint"]:
         raise UserError("--compile and --grad-checkpoint do not go together; leave out one of them")
     if not unet and config["width"] < 8:  # oneDNN 3.x, 1×1 convolutions with stride 2
         raise UserError("--width of resnet34_unet must be 8 or more: less can crash torch on a CPU")
     return config
 
-def environment_info(device):
-    """What a run runs on."""
+def log_start(folder, config, last, device):
+    """Says what runs where, notes it in the config, and warns where it is slower or not exact."""
     git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, text=True,
                          capture_output=True)
-    return {"device": str(device), "threads": torch.get_num_threads(), "processes": WORLD_SIZE,
-            "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
-            "system": platform.platform(), "python": platform.python_version(),
-            "torch": str(torch.__version__), "commit": git.stdout.strip() or None}
-
-def log_start(folder, config, resumed):
-    """What runs where, and whether other work slows it: an operation waits for all its threads."""
-    log(f"{'resuming' if resumed else 'training'} {folder} on {config['device']}, "
-        f"{WORLD_SIZE} processes, {config['threads']} threads")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    config |= {"device": name, "threads": torch.get_num_threads(), "processes": WORLD_SIZE,
+               "system": platform.platform(), "python": platform.python_version(),
+               "torch": str(torch.__version__), "commit": git.stdout.strip() or None}
+    log(f"{'resuming' if last else 'training'} {folder} on {name}, {WORLD_SIZE} processes, "
+        f"{config['threads']} threads")
+    for key in ("threads", "processes") if last else ():
+        if last["config"][key] != config[key]:
+            log(f"warning: {last['config'][key]} {key} before: not bit-exact any more")
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
     free = max(1, math.floor(os.cpu_count() - load + 0.3))
-    if config["device"] == "cpu" and config["threads"] > free:
+    if device.type == "cpu" and config["threads"] > free:  # an operation waits for all its threads
         log(f"the machine is busy (load {load:.1f}); --threads {free} may be faster")
 
-def save_checkpoint(path, content):
+def save_checkpoint(path, content, keep_as=None):
     """Writes a checkpoint so that at any moment the old or the new one is there, complete."""
     with data.atomic_path(path) as new, open(new, "wb") as file:
         torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
+        if keep_as and path.exists():
+            os.replace(path, keep_as)
     if sys.platform != "win32":
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)  # the file's name is an entry of its folder
         os.close(folder)
 
-def load_checkpoint(path, keys, device="cpu"):
-    """Reads a checkpoint with BEST_KEYS or LAST_KEYS. It may come from anywhere: nothing in it is
-    executed; its CRCs must be right, its config that of a model, its weights finite and its own."""
-    path, name = Path(path), "best.pt" if keys is BEST_KEYS else "last.pt"
-    path = path / name if path.is_dir() else path
+def load_checkpoint(path, kind="best.pt", device="cpu"):
+    """Reads a best.pt or last.pt. It may come from anywhere: nothing in it is executed; its CRCs
+    must be right, its config that of a model, its weights finite and those of that model."""
+    path = Path(path) / kind if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:
@@ -663,23 +649,22 @@ def load_checkpoint(path, keys, device="cpu"):
             parts = archive.infolist()
             odd = any(part.compress_type or part.external_attr for part in parts)
             if odd or sum(p.file_size for p in parts) > path.stat().st_size or archive.testzip():
-                raise zipfile.BadZipFile("a zip bomb, or a flipped bit")
+                raise ValueError("a zip bomb, or a flipped bit")
         content = torch.load(path, map_location=device, weights_only=True)
-        if not keys <= content.keys():
-            raise UserError(f"{path} is not the {name} of a run, or of an older version of petseg; "
+        if not KEYS[kind] <= content.keys():
+            raise UserError(f"{path} is not the {kind} of a run, or of an older version of petseg; "
                             "a last.pt is for --resume, an old best.pt must be trained again")
         config = content["config"] = DEFAULTS | content["config"]
-        wrong = [name for name, example in CONFIG_EXAMPLE.items()
-                 if example is not None and not isinstance(config[name], type(example))]
         height, width = config["size"]
-        if wrong or not (2 <= len(config["class_names"]) <= 101
-                         and 32 <= min(height, width) <= max(height, width) <= 2**15
-                         and isinstance(content.get("metrics", {}), dict)):
-            raise ValueError(wrong or "classes, size or metrics")
-        for key in keys & {"weights", "model", "ema"}:
+        if not (all(isinstance(config[name], type(example))
+                    for name, example in CONFIG_EXAMPLE.items() if example is not None)
+                and 2 <= len(config["class_names"]) <= 101 and 32 <= min(height, width)
+                and max(height, width) <= 2**15 and isinstance(content.get("metrics", {}), dict)):
+            raise ValueError("not a config that petseg writes")
+        for weights in [content[key] for key in ("weights", "model", "ema") if key in content]:
             # a copy, as torch notes in a state dict that it is to be assigned
-            build_empty(config).load_state_dict(dict(content[key]), assign=True)
-            if not all_finite(content[key]):
+            build_model(config, "meta").load_state_dict(dict(weights), assign=True)
+            if not all(value.isfinite().all() for value in weights.values()):
                 raise UserError(f"the weights in {path} are not all finite; take another file")
         return content
     except PermissionError:
@@ -687,53 +672,42 @@ def load_checkpoint(path, keys, device="cpu"):
     except LOAD_ERRORS as error:  # torch's own words advise to execute what is in the file
         raise UserError(f"{path} is damaged, or holds no model of petseg") from error
 
-def build_empty(config):
-    """The model of a config on the meta device, where even an absurd width takes no memory."""
-    with torch.device("meta"):
-        return build_model(config)
-
-def all_finite(weights):
-    """Whether all numbers of a state dict are finite."""
-    return all(value.isfinite().all() for value in weights.values())
-
 def save_last(folder, run, config, model, ema_model, optimizers):
     """Writes last.pt and keeps the one before as previous.pt; returns the time."""
-    if not (all_finite(model.state_dict()) and all_finite(ema_model.state_dict())):
+    # what was ever infinite in the model is so in its EMA
+    if not all(value.isfinite().all() for value in ema_model.state_dict().values()):
         abort_run(folder, run, "the weights are not finite")
     if RANK == 0:
         data.write_json(folder / "config.json", config)
-        save_checkpoint(folder / "next.pt", {
+        save_checkpoint(folder / "last.pt", {
             "config": config, "model": model.state_dict(), "ema": ema_model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers], **vars(run)})
-        if (folder / "last.pt").exists():
-            os.replace(folder / "last.pt", folder / "previous.pt")
-        os.replace(folder / "next.pt", folder / "last.pt")
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers], **vars(run)},
+            keep_as=folder / "previous.pt")
     return time.monotonic()
 
 def load_last(folder):
     """The last.pt of a run or, where that cannot be used, its previous.pt."""
     for path in (folder / "last.pt", folder / "previous.pt"):
         try:
-            return load_checkpoint(path, LAST_KEYS)
+            return load_checkpoint(path, "last.pt")
         except UserError as error:
             log(f"warning: {error}")
-    raise UserError(f"{folder} cannot go on; begin anew: train MODEL --init-from {folder}/best.pt")
+    raise UserError(f"{folder} has no last.pt to go on from; begin anew with another --name, maybe "
+                    f"from its best weights: --init-from {folder}/best.pt")
 
 def restore(run, model, ema_model, optimizers, last, folder):
     """Puts what a last.pt holds into a run."""
     if last["train_images"] != run.train_images:
         raise UserError(f"the training images are not those of {folder}; take another --name")
-    model.load_state_dict(last["model"])
-    ema_model.load_state_dict(last["ema"])
-    for optimizer, state in zip(optimizers, last["optimizers"]):
-        optimizer.load_state_dict(state)
+    for part, state in zip((model, ema_model, *optimizers),
+                           (last["model"], last["ema"], *last["optimizers"])):
+        part.load_state_dict(state)
     vars(run).update({name: last[name] for name in vars(run)})
-    if RANK == 0:
-        (folder / "test.json").unlink(missing_ok=True)  # it is of fewer epochs
+    (folder / "test.json").unlink(missing_ok=True)  # it is of fewer epochs
 
 def init_from(model, config):
     """Starts from the weights of a best.pt; where it has other classes, the head stays random."""
-    start = load_checkpoint(config["init_from"], BEST_KEYS)
+    start = load_checkpoint(config["init_from"])
     weights, names = start["weights"], start["config"]["class_names"]
     if len(names) != len(config["class_names"]):
         log(f"{config['init_from']} has the classes {', '.join(names)}: the head starts at random")
@@ -751,8 +725,8 @@ def save_model(path, model, config, history):
 def load_predictor(args, path):
     """The model of a best.pt, ready to predict; args.tta and the like say how."""
     device, options = setup_device(args), {"threshold": 0.5, "tta": True} | vars(args)
-    content = load_checkpoint(path, BEST_KEYS, device)
-    config, model = content["config"], build_empty(content["config"])
+    content = load_checkpoint(path, device=device)
+    config, model = content["config"], build_model(content["config"], "meta")
     if options["threshold"] != 0.5 and len(config["class_names"]) > 2:
         raise UserError(f"--threshold is for two classes, and {path} has more; leave it out")
     model.load_state_dict(content["weights"], assign=True)
@@ -795,13 +769,12 @@ def score_split(args, predictor, dataset, config, name, path):
     worst, worst_path = image_scores(counts).argsort(stable=True)[:12], path.with_name("worst.png")
     if RANK == 0:
         draw_samples(worst_path, predictor, split, worst)
-    model = {"checkpoint": str(predictor.path)}
-    for key in ("epoch", f"val_{main_metric(config)}", "seconds"):
-        model[key] = predictor.metrics.get(key)
+    keys = ("epoch", f"val_{main_metric(config)}", "seconds")
+    model = {"checkpoint": str(predictor.path), **{k: predictor.metrics.get(k) for k in keys}}
     print_result(args, f"{format_metrics(name, metrics)}\n\n{format_table([model])}\n\nthe worst "
                  f"images: {worst_path}", {"split": name, **model, **metrics}, path)
 
-def segment_image(predictor, outputs, out, name, sample):
+def segment_image(predictor, sample, outputs, out):
     """Segments one image and writes its outputs; returns its row of predictions.csv, with Dice and
     IoU at the image's own size."""
     config, names = predictor.config, predictor.config["class_names"]
@@ -813,22 +786,20 @@ def segment_image(predictor, outputs, out, name, sample):
     truth, metrics = None, {}
     if labels is not None:
         target = eval_target(config, torch.from_numpy(labels)[None])
-        metrics = compute_metrics(
-            layers.count_pixels(torch.from_numpy(mask)[None], target, len(names)), names)
+        counts = layers.count_pixels(torch.from_numpy(mask)[None], target, len(names))
+        metrics = compute_metrics(counts, names)
         truth = torch.where(target == data.IGNORE_INDEX, 0, target)[0].numpy()
     for output in outputs:
         image = data.OUTPUTS[output][1](photo, mask, truth, names)
-        data.save_image(image, data.output_path(out, name, output))
+        data.save_image(image, data.output_path(out, sample.name, output))
     fractions = (np.bincount(mask.ravel(), minlength=len(names)) / mask.size).tolist()
-    left, top, right, bottom = data.to_image(mask > 0).getbbox() or (None,) * 4
-    prefix = "mean_" if len(names) > 2 else ""
-    row = {"file": data.escape_nonprintable(str(sample.image)), "output": name,
-           "fraction": 1 - fractions[0], "left": left, "top": top, "right": right, "bottom": bottom,
-           "confidence": confidence, "dice": metrics.get(f"{prefix}dice"),
-           "iou": metrics.get(f"{prefix}iou")}
-    if len(names) > 2:
-        row |= {f"fraction of {name}": f for name, f in zip(names, fractions)}
-    return row
+    left, top, right, bottom = data.to_image(mask > 0).getbbox() or ("",) * 4
+    by_class, prefix = ({}, "") if len(names) == 2 else (dict(zip(names, fractions)), "mean_")
+    return {"file": data.escape_nonprintable(str(sample.image)), "output": sample.name,
+            "fraction": 1 - fractions[0], "left": left, "top": top, "right": right,
+            "bottom": bottom, "confidence": confidence, "dice": metrics.get(f"{prefix}dice", ""),
+            "iou": metrics.get(f"{prefix}iou", ""),
+            **{f"fraction of {name}": value for name, value in by_class.items()}}
 
 def read_predictions(path, outputs):
     """{output name: row} of an earlier predictions.csv, where all files of the row are there."""
@@ -846,40 +817,40 @@ def infer(args):
         raise UserError(f"--save knows {', '.join(data.OUTPUTS)}, not {', '.join(unknown)}")
     if args.images:
         trimaps = "pet" in predictor.config["class_names"]  # what values mean else is not known
-        samples = [data.Sample(path.stem, path, trimaps and data.find_ground_truth(path),
+        samples = [data.Sample("", path, trimaps and data.find_ground_truth(path),
                                data.TRIMAP_TO_LABEL) for path in data.find_images(args.images)
                    if not data.is_own_output(path, out)]
     else:
         samples = data.get_samples(eval_dataset(args, predictor.config)[0], "test")
-    table, names = out / "predictions.csv", data.unique_names([s.image.stem for s in samples])
-    old = read_predictions(table, outputs) if args.skip_existing and table.is_file() else {}
-    todo = {name: sample for name, sample in zip(names, samples) if old.get(name, {}).get("file")
-            != data.escape_nonprintable(str(sample.image))}
-    rows = dict.fromkeys(names) | old  # of each output name: a row, or what went wrong
+    names, table = data.unique_names([s.image.stem for s in samples]), out / "predictions.csv"
+    samples = [sample._replace(name=name) for sample, name in zip(samples, names)]
+    rows = read_predictions(table, outputs) if args.skip_existing and table.is_file() else {}
+    todo = [s for s in samples if s.name not in rows
+            or rows[s.name]["file"] != data.escape_nonprintable(str(s.image))]
 
     # one image per thread, from file to file: 342 photos of 500×375 in 9 s on two cores, start
     # included; one after the other, with both cores on each forward pass, 57 took 8 s
-    threads = torch.get_num_threads()
+    threads, failed = torch.get_num_threads(), []
     torch.set_num_threads(1)
     data.take_lock(out, wait=False)  # clears away what a kill has left there
-    results = data.parallel_map(lambda task: segment_image(predictor, outputs, out, *task),
-                                todo.items(), threads)
+    results = data.parallel_map(lambda s: segment_image(predictor, s, outputs, out), todo, threads)
     try:
-        for name in data.progress(todo, "infer", len(todo)):
-            rows[name] = next(results)
+        for row in data.progress(results, "infer", len(todo)):
+            if isinstance(row, UserError):
+                failed.append(str(row))
+            else:
+                rows[row["output"]] = row
     finally:
-        data.write_csv(table, [row for row in rows.values() if isinstance(row, dict)])
+        data.write_csv(table, [*rows.values()])
 
-    failed = [str(row) for row in rows.values() if isinstance(row, UserError)]
+    result = {"out": str(out), "images": len(names) - len(failed),
+              "skipped": len(names) - len(todo), "failed": len(failed)}
     scores = [(float(row["dice"]), float(row["iou"])) for row in map(rows.get, names)
-              if isinstance(row, dict) and row["dice"] not in (None, "")]
-    n, skipped = len(names) - len(failed), len(names) - len(todo)
-    result = {"out": str(out), "images": n, "skipped": skipped, "failed": failed}
-    text = f"{n} of {len(names)} images: {out}" + f" ({skipped} were there)" * bool(skipped)
+              if row and row["dice"] != ""]
     if scores:
+        result["scored"] = len(scores)
         result["dice"], result["iou"] = np.mean(scores, axis=0).tolist()
-        text += f"\nmean Dice of {len(scores)} with known ground truth: {result['dice']:.4f}"
-    print_result(args, text, result)
+    print_result(args, format_table([result]), result | {"failed": failed})
     if failed:
         raise UserError(f"{len(failed)} of {len(names)} images could not be read:", *failed[:5])
 
@@ -887,19 +858,17 @@ def compare(args):
     """Draws the curves of several runs into one picture and prints a table of their results."""
     folders, histories, rows = [Path(folder).resolve() for folder in args.runs], {}, []
     for folder, name in zip(folders, data.unique_names([folder.name for folder in folders])):
-        if not (folder / "metrics.csv").is_file():
-            raise UserError(f"{folder} is no run with a finished epoch: it has no metrics.csv")
-        config, test = json.loads((folder / "config.json").read_text()), folder / "test.json"
+        table, test = folder / "metrics.csv", folder / "test.json"
+        config = json.loads((folder / "config.json").read_text()) if table.is_file() else {}
         if "class_names" not in config:
-            raise UserError(f"{folder} is of an older version of petseg; train again")
-        lines = (folder / "metrics.csv").read_text().splitlines()
+            raise UserError(f"{folder} is no run with a finished epoch, or of an older version")
         histories[name] = history = [{key: json.loads(value) for key, value in row.items()}
-                                     for row in csv.DictReader(lines)]
+                                     for row in csv.DictReader(table.read_text().splitlines())]
         metric = main_metric(config)
         best = max(history, key=lambda row: row[f"val_{metric}"])
         rows.append({
             "run": name, "model": config["model"], "width": config["width"],
-            "parameters": sum(p.numel() for p in build_empty(config).parameters()),
+            "parameters": sum(p.numel() for p in build_model(config, "meta").parameters()),
             "size": "×".join(map(str, config["size"])), "epochs": len(history),
             "best_epoch": best["epoch"], f"val_{metric}": best[f"val_{metric}"],
             f"test_{metric}": json.loads(test.read_text()).get(metric) if test.is_file() else None,
@@ -918,51 +887,43 @@ def manage_data(args):
     if not choice:
         raise UserError(f"no data in {args.root}; try {PROGRAM} data get, data toy, --data FOLDER")
     dataset = load_dataset(vars(args) | {"data": choice, "random_split": {}}, args.url)
-    splits, fractions = [], [{"class": name} for name in dataset.class_names]
-    errors, notes = [], []
-    for split, check in data.verify(dataset).items():
-        splits.append({"split": split, "images": len(dataset.splits[split]),
-                       "errors": len(check.errors)})
-        errors += check.errors
-        notes += [f"{split}: {note}" for note in check.notes]
-        for row, fraction in zip(fractions, check.fractions.tolist()):
-            row[split] = fraction
-            notes += [f"{split}: the class {row['class']} never occurs"] * (not fraction)
-    print_result(args, "\n".join([f"{dataset.folder}: {dataset.layout}", format_table(splits), "",
-                                  format_table(fractions), *notes]),
-                 {"folder": str(dataset.folder), "layout": dataset.layout,
-                  "class_names": dataset.class_names, "splits": splits, "fractions": fractions,
-                  "errors": [*map(str, errors)], "notes": notes})
+    checks = data.verify(dataset)
+    errors = [error for check in checks.values() for error in check.errors]
+    notes = [f"{split}: {note}" for split, check in checks.items() for note in check.notes]
+    rows = [{"split": "images"} | {split: len(dataset.splits[split]) for split in checks},
+            {"split": "errors"} | {split: len(check.errors) for split, check in checks.items()}]
+    for i, name in enumerate(dataset.class_names):
+        fractions = {split: float(check.fractions[i]) for split, check in checks.items()}
+        rows.append({"split": f"fraction of {name}"} | fractions)
+        notes += [f"{s}: the class {name} never occurs" for s in fractions if not fractions[s]]
+    about = {"folder": str(dataset.folder), "layout": dataset.layout}
+    print_result(args, "\n".join([": ".join(about.values()), format_table(rows), *notes]),
+                 about | {"table": rows, "errors": [*map(str, errors)], "notes": notes})
     if errors:
         raise UserError(f"{len(errors)} images of {dataset.folder} cannot be used:",
                         *[error.args[0] for error in errors[:5]], *errors[0].args[1:])
 
 @torch.no_grad()
-def layer_table(model, width, size, upsample="transpose"):
-    """A row for each innermost layer, from a forward pass on the meta device, without numbers."""
+def summary(args):
+    """Prints each innermost layer's output, parameters and multiply-adds."""
     rows = []
 
     def hook(layer, inputs, output):
         kind = type(layer).__name__
         # a convolution works for each output pixel, a transposed one for each input pixel
         pixels = (inputs[0] if kind == "TransposedConv" else output)[0, 0].numel()
-        rows.append({"layer": names[layer], "kind": kind,
+        rows.append({"layer": layer.name, "kind": kind,
                      "output": "×".join(map(str, output.shape[1:])),
                      "parameters": sum(p.numel() for p in layer.parameters()),
                      "multiply_adds": pixels * layer.weight.numel() if "Conv" in kind else 0})
 
-    with torch.device("meta"):
-        network = layers.MODELS[model](width=width, upsample=upsample)
-        names = {layer: name for name, layer in network.named_modules()}
-        for layer in names:
+    with torch.device("meta"):  # shapes without numbers
+        model = layers.MODELS[args.model](width=args.width, upsample=args.upsample)
+        for name, layer in model.named_modules():
             if not list(layer.children()):
+                layer.name = name
                 layer.register_forward_hook(hook)
-        network(torch.zeros(1, 3, *size))
-    return rows
-
-def summary(args):
-    """Prints each layer's output, parameters and multiply-adds."""
-    rows = layer_table(args.model, args.width, args.size, args.upsample)
+        model(torch.zeros(1, 3, *args.size))
     total = {name: sum(row[name] for row in rows) for name in ("parameters", "multiply_adds")}
     text = format_table([*rows, {"layer": "all", "kind": args.model, "output": "", **total}])
     print_result(args, text, {"model": args.model, "size": args.size, "width": args.width, **total,
@@ -1002,7 +963,7 @@ def baseline(config, samples, device):
     """How it is usually done: fp32, contiguous memory, each image read from its file every time and
     augmented alone. Returns a training step and a prediction, both of a list of indices."""
     layers.TransposedConv.forward = torch.nn.ConvTranspose2d.forward
-    model = layers.MODELS[config["model"]](width=config["width"]).to(device)
+    model = build_model(config).to(device, memory_format=torch.contiguous_format)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config["lr"])
 
     def read(i):
@@ -1010,71 +971,72 @@ def baseline(config, samples, device):
         return data.to_float_nchw(image[None]).contiguous(), labels[None]
 
     def step(indices):
-        pairs = [data.augment(*read(i), data.seeded_generator(i), **FULL) for i in indices]
+        pairs = [data.augment(*read(i), rng=None, **FULL) for i in indices]
         images, labels = (torch.cat(parts).to(device) for parts in zip(*pairs))
         loss = layers.bce_dice_loss(model(data.normalize(images)), data.labels_to_target(labels))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return loss.item()
 
     @torch.no_grad()
     def predict(indices):
         images = torch.cat([read(i)[0] for i in indices]).to(device)
-        return (model.eval()(data.normalize(images)).sigmoid() >= 0.5).cpu()
+        return model.eval()(data.normalize(images)).cpu()
 
     return step, predict
 
 def ours(config, split, device):
     """A training step as `train` takes it, and a prediction."""
-    model = build_model(config).to(device)
+    model, split = build_model(config).to(device), data.to_gpu(split, device)
     ema_model, optimizers = copy.deepcopy(model), layers.make_optimizers(model, config)
     predictor = Predictor(model, config, tta=False)
 
     def step(indices):
-        train_step(config, model, optimizers, split, indices, config["epochs"], int(indices[0]))
-        layers.update_ema(ema_model, model, config["ema"], int(indices[0]))
+        train_step(config, model, optimizers, split, indices, config["epochs"], 0)
+        layers.update_ema(ema_model, model, config["ema"], 0)
 
-    def predict(indices):
-        return (predictor(data.get_batch(split, indices, device)[0]).sigmoid() >= 0.5).cpu()
+    return step, lambda indices: predictor(data.get_batch(split, indices, device)[0]).cpu()
 
-    return step, predict
+def measure(work, batches, device):
+    """Batches and floating-point operations per second of `work`, after a warm-up."""
+    with FlopCounterMode(display=False) as counter:
+        work(batches[0])
+    times = []
+    for indices in batches:
+        work(indices)
+        getattr(torch, device.type).synchronize()
+        times.append(time.perf_counter())
+    rate = (len(times) - 3) / (times[-1] - times[2])
+    return rate, rate * counter.get_total_flops()
 
-def measure(args, config, device):
-    """One variant's images/s and GB, and multiply-adds/s of a matrix product, of this process."""
+def bench_one(args):
+    """Images/s, peak GB, and fractions of the machine's matrix rate, of one variant."""
+    device = setup_device(args)
+    config = resolve_config(vars(args), device)
     dataset, batch_size = load_dataset(config, args.url), config["batch_size"]
-    split = data.to_gpu(data.open_split(dataset, "train", config["size"], config["root"]), device)
+    split = data.open_split(dataset, "train", config["size"], config["root"])
+    config["class_names"], result = dataset.class_names, {}
     step, predict = (ours(config, split, device) if args.only == "petseg" else
                      baseline(config, dataset.splits["train"], device))
     side = 1024 if device.type == "cpu" else 8192
     matrix = torch.randn(side, side, device=device).to(DTYPES[config["precision"]])
-    batches = data.epoch_order(len(split.names), 1, 0, 1).split(batch_size)
-
-    def rate(work, amount):
-        for i in range(-3, 12):  # the first three warm up
-            if i == 0:
-                start = time.perf_counter()
-            work(batches[i % len(batches)])
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-        return 12 * amount / (time.perf_counter() - start)
-
-    result = {"train": rate(step, batch_size), "infer": rate(predict, batch_size)}
+    batches = torch.randint(len(split.names), (15, batch_size))
+    _, peak = measure(lambda _: matrix @ matrix, batches, device)
+    for name, work in (("train", step), ("infer", predict)):
+        rate, flops = measure(work, batches, device)
+        result |= {name: rate * batch_size, f"{name}_utilization": flops / peak}
     if device.type == "cuda":
         result["memory"] = torch.cuda.max_memory_allocated() / 1e9
     elif sys.platform != "win32":
         import resource  # which Windows does not have
         unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
         result["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-    return result | {"matmul": rate(lambda _: matrix @ matrix, side**3)}
+    return result
 
 def bench(args):
     """Measures the plain way to write such a program and this one, in fresh processes by turns."""
-    device = setup_device(args)
-    config = resolve_config(explicit_options(args), device) | {
-        "class_names": ["background", "pet"], "augment": FULL}
     if args.only:
-        return print_result(args, "", measure(args, config, device))
+        return print_result(args, "", bench_one(args))
     results = {"baseline": [], "petseg": []}
     for variant in [*results] * args.rounds:
         log(f"measuring {variant}, {len(results[variant]) + 1} of {args.rounds}")
@@ -1087,15 +1049,8 @@ def bench(args):
                    for rows in results.values())
     rows = [{args.model: name, "baseline": plain[name], "petseg": mine[name],
              "ratio": mine[name] / plain[name]} for name in mine]
-    macs = sum(row["multiply_adds"]
-               for row in layer_table(args.model, config["width"], config["size"]))
-    # backward is two more convolutions for each: for its input and for its weights
-    fraction = {name: work * macs * mine[name] / mine["matmul"]
-                for name, work in (("train", 3), ("infer", 1))}
-    print_result(args, f"{format_table(rows)}\nimages/s, GB; of the machine's matrix rate training "
-                 f"reaches {fraction['train']:.0%}, inference {fraction['infer']:.0%}",
-                 {"baseline": plain, "petseg": mine, "fraction": fraction, "results": results,
-                  "multiply_adds": macs, "config": config})
+    print_result(args, f"{format_table(rows)}\nimages/s; fractions of the matrix rate; GB",
+                 {"baseline": plain, "petseg": mine, "results": results})
 
 # ------------------------------------------------------------------- several processes, and output
 def init_distributed():
