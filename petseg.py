@@ -11,12 +11,10 @@ from pathlib import Path
 
 # --------------------------------------------------------------------------------------- options
 PROGRAM = os.environ.get("PETSEG_PROGRAM") or f"python {sys.argv[0]}"  # as the user typed it
-DEFAULT_CKPT = Path(__file__).with_name("weights") / "unet.pt"
 MODELS = ("unet", "resnet34_unet")
 AUGMENT_BOUNDS = {"rotate": (0, 180), "zoom": (1, 10), "aspect": (1, 3)} | dict.fromkeys(
     ("flip", "vflip", "shift", "brightness", "contrast", "saturation", "cutmix"), (0, 1))
-FULL = {"flip": 0.5, "rotate": 20, "zoom": 1.4, "shift": 0.1, "brightness": 0.3, "contrast": 0.3,
-        "saturation": 1.0}
+FULL = dict(flip=0.5, rotate=20, zoom=1.4, shift=0.1, brightness=0.3, contrast=0.3, saturation=1.0)
 AUGMENT_PRESETS = {"none": {}, "flip": {"flip": 0.5}, "full": FULL,
                    "strong": FULL | {"zoom": 1.7, "aspect": 1.16, "cutmix": 0.5}}
 
@@ -24,7 +22,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
 
     def error(self, message):
-        self.exit(2, f"petseg: {message}; see {' '.join([PROGRAM, *self.prog.split()[1:]])} -h\n")
+        self.exit(2, f"petseg: {message}; see {self.prog} -h\n")
 
 def number(kind, low, high=float("inf")):
     """The type of an option: an int or float within bounds."""
@@ -46,11 +44,10 @@ def parse_augment(text):
     if text in AUGMENT_PRESETS:
         return AUGMENT_PRESETS[text]
     strengths = dict(part.partition("=")[::2] for part in text.split(","))
-    if strengths.keys() - AUGMENT_BOUNDS.keys():
-        raise argparse.ArgumentTypeError(
-            f"expected {', '.join(AUGMENT_PRESETS)}, or some of {', '.join(AUGMENT_BOUNDS)} as in "
-            f"rotate=15,flip=0.5, not {text!r}")
-    return {name: number(float, *AUGMENT_BOUNDS[name])(value) for name, value in strengths.items()}
+    if strengths.keys() <= AUGMENT_BOUNDS.keys():
+        return {name: number(float, *AUGMENT_BOUNDS[name])(x) for name, x in strengths.items()}
+    raise argparse.ArgumentTypeError(f"expected {', '.join(AUGMENT_PRESETS)}, or some of "
+                                     f"{'=X,'.join(AUGMENT_BOUNDS)}=X, not {text!r}")
 
 COUNT, AMOUNT, FRACTION = number(int, 1, 2**31), number(float, 0), number(float, 0, 1)
 # Every option: default, type or choices, help. First those of a run, its config; a new one is a
@@ -98,7 +95,7 @@ OTHER_OPTIONS = {
     "name": (None, str, "the run's folder in --out; if it is there, the run goes on"),
     "resume": (None, str, "go on with the run in this folder"),
     "out": (None, str, "where the results go"),
-    "ckpt": (DEFAULT_CKPT, Path, "the best.pt of a run, or the run's folder"),
+    "ckpt": (Path(__file__).parent / "weights/unet.pt", Path, "a best.pt, or the run's folder"),
     "threshold": (0.5, FRACTION, "probability from which on a pixel is foreground"),
     "tta": (True, bool, "test-time augmentation: average over flipped and rescaled views"),
     "device": ("auto", ("auto", "cpu", "cuda", "mps"), "where to compute"),
@@ -114,42 +111,42 @@ OTHER_OPTIONS = {
 def command_line():
     """The parser. An option of a run that is not typed is None, unless its command has a default
     for it: so a resumed run can tell what was typed."""
-    parser = Parser(prog="petseg.py", description="Segments pets from photos, pixel by pixel.")
+    parser = Parser(prog=PROGRAM, description="Segments pets from photos, pixel by pixel.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name, text, *options, **defaults):
+    def command(name, text, options="", **defaults):
         sub = commands.add_parser(name, help=text, description=text)
-        for option in ("json", *options):
+        for option in ["json", *options.split(), *defaults]:
             usual, kind, help = (OPTIONS | OTHER_OPTIONS)[option]
             default = defaults.get(option, None if option in OPTIONS else usual)
-            if kind is not bool and (shown := default or usual if name == "train" else default):
+            if shown := default or name == "train" and usual:
                 help += f" ({shown})"
             how = ({"action": argparse.BooleanOptionalAction} if kind is bool else
                    {"choices": kind} if isinstance(kind, tuple) else {"type": kind})
             sub.add_argument(f"--{option.replace('_', '-')}", default=default, help=help, **how)
         return sub.add_argument
 
-    source = ("data", "root", "url", "max_pixels")
-    model = ("ckpt", "threshold", "tta", "device", "threads", "precision", *source)
-    command("train", "train from scratch, score the test split, draw the curves", "name", "resume",
-            "out", "device", "url", "max_pixels", *OPTIONS, out="runs")(
+    machine = "device threads precision url max_pixels"
+    model = f"ckpt threshold tta {machine} data root"
+    command("train", "train from scratch, score the test split, draw the curves",
+            f"name resume device url max_pixels {' '.join(OPTIONS)}", out="runs")(
         "model", nargs="?", choices=MODELS)
-    command("eval", "score a split; per-breed table; gallery of the worst images", *model, "split",
-            "out", out="evaluation")
-    command("infer", "masks, overlays, cut-outs of images, or of the test split", *model, "save",
-            "skip_existing", "out", out="predictions")("images", nargs="*", metavar="IMAGE|FOLDER")
-    command("compare", "the curves of several runs in one picture, and a table", "out",
+    command("eval", "score a split; per-breed table; gallery of the worst images",
+            f"{model} split", out="evaluation")
+    command("infer", "masks, overlays, cut-outs of images, or of the test split",
+            f"{model} save skip_existing", out="predictions")(
+        "images", nargs="*", metavar="IMAGE|FOLDER")
+    command("compare", "the curves of several runs in one picture, and a table",
             out="compare.png")("runs", nargs="+", metavar="RUN")
-    command("data", "fetch, verify, or draw the data", *source, "classes", "cityscapes_classes",
-            root="data", classes="pet", cityscapes_classes="19")(
+    command("data", "fetch, verify, or draw the data", "data url max_pixels", root="data",
+            classes="pet", cityscapes_classes="19")(
         "action", nargs="?", choices=("get", "check", "toy"), default="check")
-    command("export", "a model as one file for use without petseg: .pt2 (torch) or .onnx", "ckpt",
-            "out", out="model.pt2")
-    command("summary", "a table of layers: shape, parameters, multiply-adds", "size", "width",
-            "upsample", size=(256, 256), width=64, upsample="transpose")("model", choices=MODELS)
-    command("bench", "images per second and peak memory: the plain loop against this one", *source,
-            "device", "threads", "precision", "size", "width", "batch_size", "grad_checkpoint",
-            "rounds", "only", data="toy", root="data")("model", choices=MODELS)
+    command("export", "a file for use without petseg: .pt2 (torch), .onnx", "ckpt", out="model.pt2")
+    command("summary", "a table of layers: shape, parameters, multiply-adds", size="256", width=64,
+            upsample="transpose")("model", choices=MODELS)
+    command("bench", "images per second and peak memory: the plain loop against this one",
+            f"{machine} size width batch_size grad_checkpoint rounds only", data="toy",
+            root="data")("model", choices=MODELS)
     return parser
 
 # parsed before torch is imported, which takes a second: --help and typing errors come at once
@@ -1054,15 +1051,13 @@ def bench(args):
 
 # ------------------------------------------------------------------- several processes, and output
 def init_distributed():
-    """Joins the other processes, if torchrun has started more than this one."""
+    """Joins torchrun's other processes; an operation waits for as long as a download may take."""
     restarts, store = "TORCHELASTIC_MAX_RESTARTS", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
     if os.environ.get(restarts, "0") != "0" and os.environ.get(store) != "1":
         raise UserError(f"--max-restarts needs {store}=1 before torchrun: else it hangs")
-    gpus = torch.cuda.device_count()
-    if gpus:
+    if gpus := torch.cuda.device_count():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo",
-                            timeout=timedelta(hours=1))  # as long as a download may take
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(hours=1))
 
 def all_reduce(tensor, op=dist.ReduceOp.SUM):
     """The sum of a tensor over all processes, in place."""
@@ -1085,15 +1080,12 @@ def wrap_ddp(model, device):
         return model
     if device.type == "cuda":
         torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model = torch.nn.parallel.DistributedDataParallel(model)
-    model.broadcast_buffers = False  # average_bn_stats sees to them
-    return model
+    return torch.nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
 
 def average_bn_stats(model):
     """Averages BatchNorm's running statistics over ranks (there is no SyncBatchNorm on CPU)."""
-    for buffer in model.buffers() if WORLD_SIZE > 1 else ():
-        if buffer.is_floating_point():
-            all_reduce(buffer).div_(WORLD_SIZE)
+    for buffer in filter(torch.is_floating_point, model.buffers() if WORLD_SIZE > 1 else ()):
+        all_reduce(buffer).div_(WORLD_SIZE)
 
 def log(text, every_rank=False):
     """A line of progress or warning on stderr, in place of an unfinished status line."""
