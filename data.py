@@ -28,6 +28,7 @@ import urllib.request
 import warnings
 from collections import Counter, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from itertools import islice
 from pathlib import Path
 
@@ -262,9 +263,13 @@ def read_mask(path, classes):
                         f"the layout knows only {', '.join(map(format_value, known[:20]))}")
     return np.array([classes[value] for value in known.tolist()], np.uint8)[index]
 
-def read_mask_values(path, colours=False):
+def read_mask_values(path, colours=None):
     """A mask as integers (H, W), where it has or should have colours RGB_FLAG + 0xrrggbb."""
     with open_image(path) as image:
+        if colours is None and image.mode == "P":  # a palette of black and white, in any order
+            gray = np.asarray(image.convert("L"))
+            if {*np.unique(gray)} <= {0, 255} and len(np.unique(gray)) == len(np.unique(image)):
+                return gray
         if colours or image.mode in ("RGB", "RGBA", "CMYK", "YCbCr"):
             rgb = np.asarray(image.convert("RGB"))
             if colours or (rgb != rgb[..., :1]).any():
@@ -695,11 +700,6 @@ def parallel_map(function, items, threads=None, errors=UserError):
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C only what has begun is finished
 
-def format_time(seconds):
-    """Seconds as 1:02:03 or 2:03."""
-    s = round(seconds)
-    return f"{s // 3600}:{s // 60 % 60:02}:{s % 60:02}" if s >= 3600 else f"{s // 60}:{s % 60:02}"
-
 class StatusLine:
     """A line on stderr of rank 0, redrawn in a terminal; in a log, a line every 30 seconds."""
     def __init__(self):
@@ -723,9 +723,9 @@ def progress(items, title, total, done=0, unit="images", scale=1, size=lambda it
         done += size(item)
         if line.due() or done == total:
             seconds = max(time.monotonic() - start, 1e-6)
-            left = format_time(seconds * (total - done) / (done - first)) if total else "?"
+            left = round(seconds * (total - done) / (done - first)) if total else 0
             line.show(f"{title}: {done / scale:,.0f} of {(total or 0) / scale:,.0f} {unit}, "
-                      f"{(done - first) / seconds / scale:,.1f} {unit}/s, {left} left")
+                      f"{(done - first) / seconds / scale:,.1f}/s, {timedelta(0, left)} left")
 
 # ----------------------------------------------------------------------- masks, overlays, cut-outs
 # the colours of classes 1, 2, …: those of Okabe and Ito, distinct for colour-blind eyes, then the

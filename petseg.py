@@ -312,7 +312,7 @@ def train(args):
                 speed = (done - progress[run.epoch - 1]) / run.seconds
                 status.show(f"epoch {run.epoch}/{config['epochs']}  step {step + 1}/{len(steps)}  "
                             f"loss {run.sums[0] / run.sums[1]:.4f}  "
-                            f"{data.format_time((1 - done) / speed)} left")
+                            f"{timedelta(0, round((1 - done) / speed))} left")
 
         predictor = Predictor(ema_model, config)
         best = finish_epoch(folder, run, config, lr,
@@ -506,7 +506,7 @@ def finish_epoch(folder, run, config, lr, val_loss, val_counts):
     run.val_scores.append(val[metric])
     log(f"epoch {run.epoch}/{config['epochs']}  {height}×{width}  train loss {train['loss']:.4f} "
         f"{metric} {train[metric]:.4f}  val loss {val_loss:.4f} {metric} {val[metric]:.4f}"
-        f"{' *' if best else '  '}  {data.format_time(run.seconds)}, {n / run.seconds:.0f} images/s"
+        f"{' *' if best else '  '}  {timedelta(0, round(run.seconds))}  {n / run.seconds:.0f} img/s"
         + f", {run.skipped} steps skipped: infinite gradients" * bool(run.skipped))
     return best
 

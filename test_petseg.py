@@ -1,6 +1,5 @@
-"""What petseg promises, in the order of its modules: layers, data, petseg. Expected numbers come
-from the formula, written again as plainly as possible, or were worked out by hand. Nothing here
-needs a network, a GPU, or a fast machine."""
+"""What petseg promises, in the order of its modules. Expected numbers come from the formula, as
+plain as possible, or were worked out by hand. No test needs a network, a GPU, or a fast machine."""
 import copy
 import csv
 import ctypes
@@ -50,8 +49,7 @@ PROGRAM = Path(__file__).with_name("petseg.py")
 torch.set_num_threads(1)  # models this small gain nothing from a second one
 os.environ |= {"OMP_NUM_THREADS": "1", "no_proxy": "127.0.0.1", "PYTHONPATH": str(PROGRAM.parent)}
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:PIL", "ignore::UserWarning:data")
-MODELS = [layers.UNet, layers.ResNet34UNet]
-TWO = ["background", "pet"]
+MODELS, TWO = [layers.UNet, layers.ResNet34UNet], ["background", "pet"]
 TINY = ("--data", "toy", "--size", 32, "--width", 2)
 CONFIG = petseg.resolve_config(  # of a tiny model
     {"model": "unet", "width": 2, "size": (32, 32), "epochs": 1, "batch_size": 4, "augment": {},
@@ -661,6 +659,8 @@ def test_masks_of_two_classes_in_every_form(tmp_path, values, mode, name):
     path, expected = tmp_path / name, values >= min(128, values.max())
     Image.fromarray(values).convert(mode).save(path, quality=int(path.stem))
     assert (outcome(data.read_mask, path, None) != expected).mean() <= 0.001 * (name[-3:] == "jpg")
+    Image.fromarray(DISC).quantize(2).save(path, "png")  # its palette begins with white
+    assert (outcome(data.read_mask, path, None) == (DISC > 0)).all()
     Image.fromarray(TOO_BLURRED).save(tmp_path / "blurred.png")
     assert "blurred.png holds 0" in outcome(data.read_mask, tmp_path / "blurred.png", None)
 
