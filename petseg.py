@@ -564,8 +564,9 @@ def open_run(args, device):
 
     last = load_last(folder)
     old, result = last["config"], folder / "test.json"
+    resolved = {"data": "auto", "precision": "auto"}  # when the run began
     changed = {name: value for name, value in vars(args).items()
-               if name in DEFAULTS and value not in (None, "auto", old[name])}
+               if name in DEFAULTS and value not in (None, old[name], resolved.get(name))}
     for name in changed.keys() - RESUME_OVERRIDES:
         raise UserError(f"{folder} was begun with --{name.replace('_', '-')} {old[name]}, not "
                         f"{changed[name]}; leave it out, or begin a new run with another --name")
@@ -767,9 +768,9 @@ def score_split(args, predictor, dataset, config, name, path):
     if RANK == 0:
         draw_samples(worst_path, predictor, split, worst)
     keys = ("epoch", f"val_{main_metric(config)}", "seconds")
-    model = {"checkpoint": str(predictor.path), **{k: predictor.metrics.get(k) for k in keys}}
-    print_result(args, f"{format_metrics(name, metrics)}\n\n{format_table([model])}\n\nthe worst "
-                 f"images: {worst_path}", {"split": name, **model, **metrics}, path)
+    trained = {"checkpoint": str(predictor.path), **{k: predictor.metrics.get(k) for k in keys}}
+    print_result(args, f"{format_metrics(name, metrics)}\n\n{format_table([trained])}\n\nthe worst "
+                 f"images: {worst_path}", {"split": name, **trained, **metrics}, path)
 
 def segment_image(predictor, sample, outputs, out):
     """Segments one image and writes its outputs; returns its row of predictions.csv, with Dice and
@@ -855,20 +856,20 @@ def compare(args):
     """Draws the curves of several runs into one picture and prints a table of their results."""
     folders, histories, rows = [Path(folder).resolve() for folder in args.runs], {}, []
     for folder, name in zip(folders, data.unique_names([folder.name for folder in folders])):
-        table, test = folder / "metrics.csv", folder / "test.json"
+        table, path = folder / "metrics.csv", folder / "test.json"
         config = json.loads((folder / "config.json").read_text()) if table.is_file() else {}
         if "class_names" not in config:
             raise UserError(f"{folder} is no run with a finished epoch, or of an older version")
         histories[name] = history = [{key: json.loads(value) for key, value in row.items()}
                                      for row in csv.DictReader(table.read_text().splitlines())]
-        metric = main_metric(config)
+        metric, test = main_metric(config), json.loads(path.read_text()) if path.is_file() else {}
         best = max(history, key=lambda row: row[f"val_{metric}"])
         rows.append({
             "run": name, "model": config["model"], "width": config["width"],
             "parameters": sum(p.numel() for p in build_model(config, "meta").parameters()),
             "size": "×".join(map(str, config["size"])), "epochs": len(history),
             "best_epoch": best["epoch"], f"val_{metric}": best[f"val_{metric}"],
-            f"test_{metric}": json.loads(test.read_text()).get(metric) if test.is_file() else None,
+            f"test_{metric}": test[metric] if test.get("split") == "test" else None,
             "seconds": sum(row["seconds"] for row in history)})
         if rows[0].keys() != rows[-1].keys():
             raise UserError("runs of two classes do not compare with runs of more: metrics differ")

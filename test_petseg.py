@@ -997,7 +997,7 @@ def test_check_names_errors_and_what_one_might_not_expect(tmp_path):
     assert all(check.fractions[1] == pytest.approx((DISC > 0).mean(), abs=0.01) for check in checks)
 
 # ---------------------------------------------------------------------------------------- petseg
-SHORT = ("--schedule", "exponential", "--gamma", 0.5, "--save-every", 1)
+SHORT = ("--schedule", "exponential", "--gamma", 0.5, "--save-every", 1, "--class-weights", "none")
 WIDTH = {"unet": 2, "resnet34_unet": 8}
 load = partial(petseg.load_predictor, Namespace(device="cpu", threads=None, precision="fp32"))
 
@@ -1180,7 +1180,7 @@ def test_the_same_command_goes_on_or_says_finished(halfway, trained, root, tmp_p
     before = files(folder)
     assert re.search(f"{folder} is finished.*--epochs.*--name", run(*words, "--epochs", 1).stdout)
     assert answer(*words, "--epochs", 1) == json.loads(before["test.json"])
-    for option, old, new in ("--lr", "0.02", "0.1"), ("--loss", "bce_dice", "dice"):
+    for option, old, new in ("--lr", "0.02", "0.1"), ("--class-weights", "none", "auto"):
         assert f"begun with {option} {old}, not {new}" in refused(*words, option, new)
     less = shutil.copytree(root, tmp_path / "less")
     data.scan_dataset(less / data.TOYS).splits["train"][0].image.unlink()
