@@ -222,8 +222,7 @@ def open_image(path):
         raise ImageError(f"{path}: {error}") from error
 
 def read_image(path, size=None, mask_size=None):
-    """A photo in any of FORMATS as an RGB image, upright, resized to `size`. A JPEG is decoded at a
-    half, a quarter or an eighth where that is still twice `size`: cheap, then a better filter."""
+    """A photo as an upright RGB image at `size`; a JPEG is decoded at 1/8 where that is enough."""
     with open_image(path) as image:
         raw_size = image.size[::-1]
         rotated = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5 and image.format != "TIFF"
@@ -482,9 +481,7 @@ def read_classes(folder):
     path = folder / "classes.txt"
     if not path.is_file():
         return None, ["background", "foreground"]
-    text = path.read_bytes()  # as Windows may write it, too
-    encoding = "utf-16" if text.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
-    lines = text.decode(encoding, "replace").splitlines()
+    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
     name_of, kinds = {}, set()  # {value: name, or None for void}; how many numbers a line has
     for i, line in enumerate(filter(None, map(str.strip, lines))):
         *numbers, name = CLASS_LINE.fullmatch(line).groups()
@@ -589,6 +586,23 @@ def get_pets(root, url, archives=PETS_MD5, retry_delays=(1, 2, 4, 8, 16)):
         archive.unlink()
     return folder
 
+def find_data(choice, root, url):
+    """The folder that --data means, downloaded or drawn if need be."""
+    if choice not in ("auto", "pets", "toy"):
+        return Path(choice)
+    with take_lock(root):  # two runs that start together do not download twice
+        if choice != "toy":
+            try:
+                return get_pets(root, url)
+            except DownloadError as error:
+                if choice == "pets":
+                    raise
+                warnings.warn(f"the pets are not in {root} and could not be downloaded: {error}.\n"
+                              "!!! What follows uses TOY PETS, drawn by this program: its scores\n"
+                              "!!! say nothing about photos. For real ones: --data pets or FOLDER.")
+        toys = Path(root) / TOYS
+        return toys if toys.is_dir() else make_toys(root)
+
 def download(url, path, retry_delays):
     """Downloads to `path`.part, where it goes on after breaks; gives up when the delays end."""
     part, delays = path.with_name(f"{path.name}.part"), iter(retry_delays)
@@ -663,11 +677,33 @@ def write_json(path, content):
         new.write_text(json.dumps(content, indent=2))
 
 def write_csv(path, rows):
-    """Writes dicts with the same keys as a CSV file, atomically."""
+    """Writes dicts as a CSV file, atomically; a column that a row lacks is empty."""
     with atomic_path(path) as new, open(new, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0] if rows else ())
+        writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row))
         writer.writeheader()
         writer.writerows(rows)
+
+def read_predictions(path, outputs):
+    """{output name: row} of an earlier predictions.csv, where all files of the row are there."""
+    rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
+    return {row["output"]: row for row in rows if "output" in row and all(
+        output_path(path.parent, row["output"], output).is_file() for output in outputs)}
+
+def format_table(rows):
+    """Dicts with the same keys as columns of text, the first left-aligned."""
+    styles = {float: "{:.4f}", int: "{:,}", type(None): "-"}
+    lines = [[name.replace("_", " ") for name in rows[0]]]
+    lines += [[styles.get(type(cell), "{}").format(cell) for cell in row.values()] for row in rows]
+    first, *others = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join((line[0].ljust(first), *map(str.rjust, line[1:], others)))
+                     for line in lines)
+
+def format_metrics(split, metrics):
+    """The metrics of a split as a table, below those of its breeds or classes."""
+    total = {"": split, **metrics}
+    classes, breeds = total.pop("classes", []), total.pop("breeds", {})
+    breeds = sorted(({"": breed, **row} for breed, row in breeds.items()), key=lambda r: r["dice"])
+    return "\n\n".join(format_table(rows) for rows in (classes, [*breeds, total]) if rows)
 
 def take_lock(folder, wait=True):
     """Locks a folder, until a `with` block or the process ends, and clears away what killed
@@ -700,32 +736,22 @@ def parallel_map(function, items, threads=None, errors=UserError):
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C only what has begun is finished
 
-class StatusLine:
-    """A line on stderr of rank 0, redrawn in a terminal; in a log, a line every 30 seconds."""
-    def __init__(self):
-        self.terminal, self.last = sys.stderr.isatty(), time.monotonic()
-        self.silent = os.environ.get("RANK", "0") != "0"
-
-    def due(self):
-        return not self.silent and time.monotonic() - self.last > (0.2 if self.terminal else 30)
-
-    def show(self, text):
-        self.last = time.monotonic()
-        if not self.silent:
-            print(f"\r\x1b[K{text}" if self.terminal else text, file=sys.stderr, flush=True,
-                  end="" if self.terminal else "\n")
-
 def progress(items, title, total, done=0, unit="images", scale=1, size=lambda item: 1):
-    """Yields the items, while a line says how much is done, how fast, and how long it will take."""
-    line, start, first = StatusLine(), time.monotonic(), done
+    """Yields the items, while a line on stderr says how much is done, how fast, and how long it
+    will take: redrawn in a terminal; in a log, a line every 30 seconds."""
+    terminal, start, first = sys.stderr.isatty(), time.monotonic(), done
+    shown = start
     for item in items:
         yield item
-        done += size(item)
-        if line.due() or done == total:
-            seconds = max(time.monotonic() - start, 1e-6)
-            left = round(seconds * (total - done) / (done - first)) if total else 0
-            line.show(f"{title}: {done / scale:,.0f} of {(total or 0) / scale:,.0f} {unit}, "
-                      f"{(done - first) / seconds / scale:,.1f}/s, {timedelta(0, left)} left")
+        done, now = done + size(item), time.monotonic()
+        due = now - shown > (0.2 if terminal else 30) or terminal and done == total
+        if due and os.environ.get("RANK", "0") == "0":
+            shown, speed = now, (done - first) / max(now - start, 1e-6)
+            left = timedelta(0, round((total - done) / speed)) if total else "?"
+            text = (f"{title}: {done / scale:,.0f} of {(total or 0) / scale:,.0f} {unit}, "
+                    f"{speed / scale:,.1f}/s, {left} left")
+            print(f"\r\x1b[K{text}" if terminal else text, file=sys.stderr, flush=True,
+                  end="" if terminal else "\n")
 
 # ----------------------------------------------------------------------- masks, overlays, cut-outs
 # the colours of classes 1, 2, …: those of Okabe and Ito, distinct for colour-blind eyes, then the
@@ -756,7 +782,7 @@ def colorize_mask(mask, class_names):
 def overlay(photo, mask):
     """The photo with each class tinted and its contour drawn, dark beside light on any ground."""
     result, blur = photo.copy(), ImageFilter.BoxBlur(max(1, max(photo.size) / 300))
-    for label in np.unique(mask[mask > 0]):
+    for label in np.unique(mask[(mask > 0) & (mask != IGNORE_INDEX)]):
         inside = to_image(mask == label)
         contour = inside.filter(blur).point(lambda value: 255 * (6 < value < 249))
         result.paste(PALETTE[label], mask=inside.point(lambda value: value * 0.35))
@@ -817,31 +843,24 @@ def is_own_output(path, out):
 # ---------------------------------------------------------------------------------------- curves
 LINE_COLORS = [tuple(OKABE_ITO[i].tolist()) for i in (4, 0, 2, 5, 6, 1)]
 
-def ticks(low, high):
-    """Round numbers, 1, 2 or 5 times a power of ten apart, that cover low..high."""
-    smallest = max(high - low, 1e-3) / 6
-    power = 10.0 ** math.floor(math.log10(smallest))
-    step = next((m * power for m in (1, 2, 5) if m * power >= smallest), 10 * power)
-    return [i * step for i in range(math.floor(low / step), math.ceil(high / step) + 1)]
-
 def draw_plot(draw, left, runs, quantity, metric):
     """Of each run a thin curve for train, a bold one for val, and a circle at the best epoch."""
     right, top, bottom = left + 1040, 100 + 36 * len(runs), 960  # the legend has a line per run
     gray, font = (60, 60, 60), ImageFont.load_default(24)
     rows = [row for run in runs.values() for row in run]
     values = [row[f"{split}_{quantity}"] for row in rows for split in ("train", "val")]
-    y_ticks, last = ticks(min(values), max(values)), max(row["epoch"] for row in rows)
+    low, high, last = min(values), max(values) + 1e-6, max(row["epoch"] for row in rows)
 
     def to_pixel(epoch, value):
-        height = (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0] + 1e-9)
+        height = (value - low) / (high - low)
         return left + (right - left) * epoch / last, bottom - (bottom - top) * height
 
     draw.text(((left + right) / 2, 20), quantity, "black", ImageFont.load_default(30), anchor="mt")
     draw.text(((left + right) / 2, bottom + 50), "epoch", "black", font, anchor="mt")
-    for tick in y_ticks:
+    for tick in np.linspace(low, high, 6):
         _, y = to_pixel(0, tick)
         draw.line([(left, y), (right, y)], (225, 225, 225), 2)
-        draw.text((left - 12, y), f"{tick:g}", gray, font, anchor="rm")
+        draw.text((left - 12, y), f"{tick:.3f}", gray, font, anchor="rm")
     for epoch in range(0, last + 1, math.ceil(last / 10)):
         x, _ = to_pixel(epoch, 0)
         draw.line([(x, top), (x, bottom + 8)], (225, 225, 225), 2)
@@ -870,9 +889,8 @@ def draw_curves(path, runs, metric="dice"):
     save_image(image.reduce(2), path)
 
 # ---------------------------------------------------------------------------------- the toy pets
-# Cats and dogs drawn from a seed, to try everything without a download. The things around them
-# have the colours and textures of their coats, so that a network has to learn shapes.
-# The breeds, cats in capitals as in the pets' dataset; how wide and high the marks on a coat are
+# Cats and dogs drawn from a seed. The things around them have such colours and textures, too: a
+# network has to learn shapes. Of each breed, cats in capitals: the width and height of its marks
 COATS = {"Tabby": (7, 60), "Calico": (45, 45), "Smoke": (300, 300),
          "pointer": (11, 11), "collie": (60, 30), "terrier": (3, 3)}
 
@@ -881,66 +899,48 @@ def ellipse(a, b, radius, corners=28):
     angle, axis = np.linspace(0, 2 * math.pi, corners, endpoint=False), (b - a) / 2
     return (a + b) / 2 + axis * (np.cos(angle) + 1j * radius / abs(axis) * np.sin(angle))
 
-def noise(rng, size, width, height):
-    """Smooth noise (H, W, 1) in 0..1, in blobs of about width × height pixels."""
+def texture(rng, size, width, height):
+    """Blobs of about width × height pixels between two colours (H, W, 3)."""
     coarse = math.ceil(size[0] / height) + 1, math.ceil(size[1] / width) + 1
-    return resize(rng.random(coarse, np.float32), size, "BICUBIC")[..., None].clip(0, 1)
+    noise = resize(rng.random(coarse, np.float32), size, "BICUBIC")[..., None].clip(0, 1)
+    one, two = rng.uniform(30, 250, (2, 3))
+    return one + (two - one) * noise
 
-def texture(rng, size, width, height, coat=False):
-    """Blobs between two colours (H, W, 3), gray to orange as on a coat, or of any other hue."""
-    one, two = rng.uniform(30, 250, (2, 1)) * rng.uniform(0.6, 1, (2, 1)) ** [0, 1, 2]
-    if not coat and rng.random() < 0.3:
-        one, two = rng.permutation(one), rng.permutation(two)
-    return one + (two - one) * noise(rng, size, width, height)
-
-def draw_pet(rng, size, breed):
-    """The (polygon, brightness) shapes of a pet, later ones in front, and its coat (H, W, 3)."""
+def pet_shapes(rng, cat):
+    """The parts of a pet of about unit size, as polygons around 0."""
     front = 0.42 * np.exp(1j * rng.normal(rng.choice([0, -1]), 0.15))  # it stands, or sits
     rear, head = -front, front + complex(*rng.normal((0.14, -0.3), 0.05))
     radius, ground = rng.uniform((0.2, 0.3), (0.3, 0.65))
-    body = [ellipse(rear, rear + complex(*rng.normal((-0.5, -0.2), 0.2)), 0.05)]   # tail
-    body += [ellipse(end, complex(end.real + rng.normal(0, 0.12), ground), 0.07)
-             for end in (rear, front, rear, front)]                                # legs
-    body += [ellipse(1.3 * rear, 1.3 * front, 0.24), ellipse(front, head, 0.14)]   # trunk, neck
-
-    pointed = breed[0].isupper() or rng.random() < 0.4  # cats' ears; the head's radius is 1 here
-    ear = ellipse(0.3-0.2j, 0.8-1.4j, 0.5, 3) if pointed else ellipse(0.8-0.7j, 1.1+0.8j, 0.3)
-    eye, look = ellipse(0.4-0.25j, 0.4+0.05j, 0.11), rng.uniform(-0.25, 0.25)
-    parts = [ear, -ear.conj(), ellipse(-1, 1, 0.9), look + ellipse(0, 0.8j, 0.45),
-             look + eye, look - eye.conj(), look + ellipse(0.15j, 0.35j, 0.13)]
-    polygons = body + [head + radius * part for part in parts]
-    brightness = [*np.linspace(100, 145, len(polygons) - 3), 8, 8, 8]  # eyes and nose are dark
-
-    scale = min(size) * rng.uniform(0.45, 0.9) * np.exp(1j * rng.normal(0, 0.2))  # and turn
-    centre = complex(*rng.uniform(0.38, 0.62, 2) * size[::-1]) - scale * head / 2
-    coat, marks = texture(rng, size, 30, 30, coat=True), texture(rng, size, 30, 30, coat=True)
-    coat = np.where(noise(rng, size, *COATS[breed]) > 0.55, marks, coat)
-    coat += 60 * noise(rng, size, 2, 7) - 30  # hair
-    return [(centre + scale * part, value) for part, value in zip(polygons, brightness)], coat
-
-def draw_thing(rng, size):
-    """A cushion or a box to stand behind the pet or before it, as `draw_pet` returns the pet."""
-    a, b = complex(*rng.uniform(0, size[::-1])), complex(*rng.normal(0, 0.2 * min(size), 2))
-    shape = ellipse(a, a + b, rng.uniform(0.04, 0.2) * min(size), rng.choice([4, 28]))
-    return [(shape, 128)], texture(rng, size, *rng.choice([2, 7, 30], 2))
+    tail = ellipse(rear, rear + complex(*rng.normal((-0.5, -0.2), 0.2)), 0.05)
+    legs = [ellipse(end, complex(end.real + rng.normal(0, 0.12), ground), 0.07)
+            for end in (rear, front, rear, front)]
+    trunk, neck = ellipse(1.3 * rear, 1.3 * front, 0.24), ellipse(front, head, 0.14)
+    ear = ellipse(0.3-0.2j, 0.8-1.4j, 0.5, 3) if cat else ellipse(0.8-0.7j, 1.1+0.8j, 0.3)
+    parts = [head + radius * part for part in (ellipse(-1, 1, 0.9), ear, -ear.conj())]
+    return [part - head / 2 for part in (tail, *legs, trunk, neck, *parts)]
 
 def draw_toy(rng, breed):
     """One toy pet: its photo (an RGB image) and its trimap (1 pet, 2 background, 3 border)."""
-    size = height, width = rng.integers(150, 231, 2).tolist()
+    height, width = size = rng.integers(150, 231, 2).tolist()
     photo, visible, pet = texture(rng, size, *rng.choice([2, 7, 30], 2)), 0, rng.integers(3, 8)
     for i in range(pet + rng.integers(1, 4)):  # things, the pet, and maybe things in front of it
-        shapes, colours = draw_pet(rng, size, breed) if i == pet else draw_thing(rng, size)
-        layer = Image.new("LA", (2 * width, 2 * height))  # twice the size, for smooth edges
-        for polygon, value in shapes:
-            ImageDraw.Draw(layer).polygon((2 * polygon).view(float).tolist(), (int(value), 255))
-        brightness, alpha = np.split(np.asarray(layer.reduce(2)) / 255, 2, axis=2)
-        photo += (2 * brightness * colours - photo) * alpha
+        if i == pet:
+            shapes, blobs = pet_shapes(rng, breed[0].isupper()), COATS[breed]
+            centre, scale, turn = rng.uniform(0.3, 0.7, 2), rng.uniform(0.45, 0.9), 0.2
+        else:
+            shapes, blobs = [ellipse(-1, 1, 0.5, rng.choice([4, 28]))], rng.choice([2, 7, 30], 2)
+            centre, scale, turn = rng.random(2), rng.uniform(0.05, 0.3), 2
+        layer = Image.new("L", (2 * width, 2 * height))  # twice the size, for smooth edges
+        scale = scale * min(size) * np.exp(1j * rng.normal(0, turn))
+        for shape in shapes:
+            points = 2 * (complex(*centre * size[::-1]) + scale * shape)
+            ImageDraw.Draw(layer).polygon(points.view(float).tolist(), 255)
+        alpha = np.asarray(layer.reduce(2))[..., None] / 255
+        photo += (texture(rng, size, *blobs) - photo) * alpha
         visible = alpha if i == pet else visible * (1 - alpha)
-    photo *= 0.75 + 0.5 * noise(rng, size, width, height)  # uneven light
     near = np.asarray(to_image(visible[..., 0] > 0.5).filter(ImageFilter.BoxBlur(2)))
     trimap = np.where(near > 240, 1, np.where(near < 15, 2, 3)).astype(np.uint8)
-    flip = rng.choice([-1, 1])
-    return to_image(photo[:, ::flip].clip(0, 255).astype(np.uint8)), to_image(trimap[:, ::flip])
+    return to_image(photo.clip(0, 255).astype(np.uint8)), to_image(trimap)
 
 def make_toys(root, seed=0, trainval=400, test=100):
     """Draws the toy pets in exactly the pets' layout; returns their folder."""

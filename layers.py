@@ -266,34 +266,34 @@ def dice_and_iou(counts):
     return ((2 * tp + empty) / (predicted + true + empty),
             (tp + empty) / (predicted + true - tp + empty))
 
-def binary_metrics(counts):
-    """Metrics of two classes from the counts (N, 2, 3): `dice` and `iou` are means over images."""
-    total = counts.sum(dim=0).double()                               # (2, 3)
-    dice, iou = dice_and_iou(counts[:, 1].double())
-    dataset_dice, dataset_iou = dice_and_iou(total[1])
-    tp, predicted, true = total[1].tolist()
-    return {"dice": dice.mean().item(), "iou": iou.mean().item(),
-            "dataset_dice": dataset_dice.item(), "dataset_iou": dataset_iou.item(),
-            "precision": tp / predicted if predicted else None,
-            "recall": tp / true if true else None, "accuracy": accuracy(total)}
-
-def accuracy(total):
-    """The fraction of the pixels that are right, from the counts (C, 3)."""
-    return (total[:, 0].sum() / total[:, 2].sum().clamp(min=1)).item()
-
-def class_metrics(total, class_names):
-    """Metrics of several classes from the counts of all pixels (C, 3): of each class that occurs,
-    and their means, with and without the background."""
-    total = total.double()
+def compute_metrics(counts, class_names):
+    """All metrics of a split, from the counts of each image (N, C, 3). Of two classes, `dice` and
+    `iou` are means over images; of more, means are over the classes that occur."""
+    total = counts.sum(dim=0).double()                               # (C, 3)
+    fraction = total / total[:, 2].sum().clamp(min=1)
     dice, iou = dice_and_iou(total)
-    fraction = total[:, 2] / total[:, 2].sum().clamp(min=1)
+    metrics = {"images": len(counts), "accuracy": fraction[:, 0].sum().item()}
+    if len(class_names) == 2:
+        image_dice, image_iou = dice_and_iou(counts[:, 1].double())
+        tp, predicted, true = total[1].tolist()
+        return {"dice": image_dice.mean().item(), "iou": image_iou.mean().item(),
+                "dataset_dice": dice[1].item(), "dataset_iou": iou[1].item(),
+                "precision": tp / predicted if predicted else None,
+                "recall": tp / true if true else None, **metrics}
+    occurs = total[:, 1:].any(dim=1)
     rows = [{"class": name, "dice": dice[i].item(), "iou": iou[i].item(),
-             "fraction": fraction[i].item()}
-            for i, name in enumerate(class_names) if total[i, 1:].any()]
-    foreground = [row for row in rows if row["class"] != class_names[0]] or rows
-    means = {f"{prefix}_{name}": sum(row[name] for row in some) / max(len(some), 1) for name in
-             ("dice", "iou") for prefix, some in (("mean", rows), ("foreground_mean", foreground))}
-    return {**means, "accuracy": accuracy(total), "classes": rows}
+             "fraction": fraction[i, 2].item()} for i, name in enumerate(class_names) if occurs[i]]
+    mean_dice, mean_iou = (x[occurs].mean().nan_to_num().item() for x in (dice, iou))
+    return {"mean_dice": mean_dice, "mean_iou": mean_iou, **metrics, "classes": rows}
+
+def score_names(class_names):
+    """The metrics that curves and tables show; the first one selects the best epoch."""
+    return ("dice", "iou") if len(class_names) == 2 else ("mean_iou", "mean_dice")
+
+def image_scores(counts, class_names):
+    """The main metric of each image alone."""
+    metric = score_names(class_names)[0]
+    return torch.tensor([compute_metrics(c[None], class_names)[metric] for c in counts])
 
 # ------------------------------------------------------------------ EMA and learning-rate schedules
 @torch.no_grad()

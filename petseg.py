@@ -20,7 +20,6 @@ AUGMENT_PRESETS = {"none": {}, "flip": {"flip": 0.5}, "full": FULL,
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
-
     def error(self, message):
         self.exit(2, f"petseg: {message}; see {self.prog} -h\n")
 
@@ -55,10 +54,10 @@ COUNT, AMOUNT, FRACTION = number(int, 1, 2**31), number(float, 0), number(float,
 OPTIONS = {
     "data": ("auto", str, "auto (the pets, or else toy pets), pets, toy, or a folder"),
     "root": ("data", str, "where downloaded data and the cache are kept"),
-    "epochs": (None, COUNT, "passes over the training images: 20; unet on toys 16"),
+    "epochs": (20, COUNT, "passes over the training images"),
     "batch_size": (None, COUNT, "of all processes together: 16, or 32 on a GPU"),
     "size": (None, image_size, "image size, S or HxW: 128, or 256 on a GPU"),
-    "width": (None, COUNT, "channels of the first level: 64 on a GPU, else 16 (unet) or 32"),
+    "width": (None, number(int, 8), "channels of the first level: 64 on a GPU, else 16 or 32"),
     "upsample": ("transpose", ("transpose", "bilinear"), "how the decoder upsamples"),
     "init_from": (None, str, "a best.pt to start from, instead of random weights"),
     "dropout": (0.0, FRACTION, "at the bottom of the U"),
@@ -96,7 +95,7 @@ OTHER_OPTIONS = {
     "resume": (None, str, "go on with the run in this folder"),
     "out": (None, str, "where the results go"),
     "ckpt": (Path(__file__).parent / "weights/unet.pt", Path, "a best.pt, or the run's folder"),
-    "threshold": (0.5, FRACTION, "probability from which on a pixel is foreground"),
+    "threshold": (0.5, FRACTION, "probability from which on a pixel is foreground, of two classes"),
     "tta": (True, bool, "test-time augmentation: average over flipped and rescaled views"),
     "device": ("auto", ("auto", "cpu", "cuda", "mps"), "where to compute"),
     "url": ("https://www.robots.ox.ac.uk/~vgg/data/pets/data/", str, "a mirror of the pets"),
@@ -105,12 +104,10 @@ OTHER_OPTIONS = {
     "max_pixels": (50_000_000, COUNT, "images with more pixels are refused"),
     "skip_existing": (False, bool, "leave out images whose results are there already"),
     "rounds": (3, COUNT, "measurements of each variant, of which the median"),
-    "only": (None, str, argparse.SUPPRESS),  # bench of one variant
 }
 
 def command_line():
-    """The parser. An option of a run that is not typed is None, unless its command has a default
-    for it: so a resumed run can tell what was typed."""
+    """The parser. An option of a run that is not typed is None: so a resume can tell."""
     parser = Parser(prog=PROGRAM, description="Segments pets from photos, pixel by pixel.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -145,7 +142,7 @@ def command_line():
     command("summary", "a table of layers: shape, parameters, multiply-adds", size="256", width=64,
             upsample="transpose")("model", choices=MODELS)
     command("bench", "images per second and peak memory: the plain loop against this one",
-            f"{machine} size width batch_size grad_checkpoint rounds only", data="toy",
+            f"{machine} size width batch_size grad_checkpoint rounds", data="toy",
             root="data")("model", choices=MODELS)
     return parser
 
@@ -155,20 +152,18 @@ ARGS = command_line().parse_args() if __name__ == "__main__" else None
 import contextlib
 import copy
 import csv
-import ctypes
 import importlib.util
 import json
-import logging
 import math
+import multiprocessing
 import pickle
-import platform
 import re
 import signal
 import subprocess
 import time
 import warnings
 import zipfile
-import zlib
+from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timedelta
 from types import SimpleNamespace
 
@@ -187,14 +182,13 @@ RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 
 # ----------------------------------------------------------------------------------------- train
 def train_step(config, model, optimizers, train_set, indices, epoch, step, class_weights=None):
-    """One optimizer step on the images `indices`, a micro-batch at a time. Returns the sums of
-    (loss, images, Dice, IoU) and the pixel counts (C, 3), or None where the step is skipped, as its
-    gradients are not finite. Every random draw depends on (seed, epoch, step, rank) alone."""
+    """One optimizer step on the images `indices`, a micro-batch at a time; it is skipped where its
+    gradients are not finite. Returns the sums of (loss, images, Dice, IoU) and the pixel counts
+    (C, 3). Every random draw depends on (seed, epoch, step, rank) alone."""
     device, classes = next(model.parameters()).device, len(config["class_names"])
     size, seed = layers.train_image_size(config, epoch), config["seed"]
     sums = torch.zeros(4, device=device)
     counts = torch.zeros(classes, 3, dtype=torch.long, device=device)
-    bn_stats = [buffer.clone() for buffer in model.buffers()]
     torch.manual_seed(data.seeded_generator("dropout", seed, epoch, step, RANK).initial_seed())
     for micro_step, batch in enumerate(indices.split(config["batch_size"])):
         batch = batch[RANK::WORLD_SIZE]  # each rank takes its share
@@ -210,8 +204,8 @@ def train_step(config, model, optimizers, train_set, indices, epoch, step, class
         with torch.autocast(device.type, torch.bfloat16, enabled=config["precision"] == "bf16"):
             logits = model(data.normalize(images))
         loss = layers.LOSSES[config["loss"]](logits, target, class_weights)
-        # each image counts the same, however the batches fall; DDP averages gradients over ranks
-        (loss * len(batch) * WORLD_SIZE / len(indices)).backward()
+        # each image counts the same, however the batches fall
+        (loss * len(batch) / len(indices)).backward()
 
         mask = layers.probs_to_mask(layers.probabilities(logits.detach()))
         image_counts = layers.count_pixels(mask, target, classes)
@@ -219,29 +213,20 @@ def train_step(config, model, optimizers, train_set, indices, epoch, step, class
         sums += torch.stack((loss.detach() * len(batch), sums.new_tensor(len(batch)),
                              dice.sum(), iou.sum()))
         counts += image_counts.sum(dim=0)
-    average_bn_stats(model)
+    if WORLD_SIZE > 1:
+        all_reduce_model(model)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config["grad_clip"] or math.inf)
-    finite = norm.isfinite().item()
     for optimizer in optimizers:
-        if finite:
+        if norm.isfinite():
             optimizer.step()
         optimizer.zero_grad()
-    if finite:
-        return all_reduce(sums), all_reduce(counts)
-    for buffer, before in zip(model.buffers(), bn_stats):
-        buffer.copy_(before)
+    return all_reduce(torch.where(norm.isfinite(), sums, 0)), all_reduce(counts)
 
 def train(args):
     """Trains a model from scratch, or goes on with a run; then scores the test split."""
-    device = setup_device(args)
-    with rank0_first():
-        folder, config, last = open_run(args, device)
-    if not config:
-        return print_result(args, f"{folder} is finished; --epochs prolongs it, another --name "
-                            "begins a new run", last)
-
-    # data
+    device = pick_device(args.device)
     with rank0_first():  # it downloads and decodes, the others find it on disk
+        folder, config, last = open_run(args, device)
         dataset = load_dataset(config, args.url)
         train_set = data.open_split(dataset, "train", config["size"], config["root"])
         val_set = data.open_split(dataset, "val", config["size"], config["root"])
@@ -256,12 +241,11 @@ def train(args):
     if config["init_from"] and not last:
         init_from(model, config)
     ema_model = copy.deepcopy(model) if config["ema"] else model
-    train_model = wrap_ddp(model, device)
-    train_model = torch.compile(train_model) if config["compile"] else train_model
+    train_model = torch.compile(model) if config["compile"] else model
     optimizers = layers.make_optimizers(model, config)
 
     # where the run stands
-    run = SimpleNamespace(epoch=1, step=0, skipped=0, seconds=0.0, history=[], val_scores=[],
+    run = SimpleNamespace(epoch=1, step=0, seconds=0.0, history=[], val_scores=[],
                           train_images=train_set.names, sums=torch.zeros(4),
                           counts=torch.zeros(len(config["class_names"]), 3, dtype=torch.long))
     if RANK == 0 and data.take_lock(folder, wait=False) is None:
@@ -272,15 +256,18 @@ def train(args):
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     checkpoint = folder, run, config, model, ema_model, optimizers
     log_start(folder, config, last, device)
+    if run.epoch > config["epochs"]:
+        log("it is finished; --epochs prolongs it, another --name begins a new run")
     saved = save_last(*checkpoint)  # at once, so that a full disk shows now
-    progress, status, signals = layers.epoch_progress(config), data.StatusLine(), catch_signals()
+    progress, signals = layers.epoch_progress(config), catch_signals()
 
     while run.epoch <= config["epochs"]:
         start = time.monotonic() - run.seconds
         steps = data.epoch_order(len(train_set.names), config["repeat"], config["seed"], run.epoch
                                  ).split(config["batch_size"] * config["grad_accum"])
         model.train()
-        for step in range(run.step, len(steps)):
+        for step in data.progress(range(run.step, len(steps)), f"epoch {run.epoch}", len(steps),
+                                  run.step, "steps"):
             overdue = time.monotonic() - saved > 60 * (config["checkpoint_minutes"] or math.inf)
             signum, overdue = all_reduce(torch.tensor([max(signals, default=0), overdue]),
                                          dist.ReduceOp.MAX).tolist()  # all ranks do the same
@@ -296,23 +283,14 @@ def train(args):
             lr = layers.SCHEDULES[config["schedule"]](config, done, run.val_scores)
             for group in groups:
                 group["lr"] = lr * group["lr_scale"]
-            result = train_step(config, train_model, optimizers, train_set, steps[step], run.epoch,
-                                step, class_weights)
+            sums, counts = train_step(config, train_model, optimizers, train_set, steps[step],
+                                      run.epoch, step, class_weights)
+            run.sums += sums
+            run.counts += counts
+            if config["ema"]:
+                layers.update_ema(ema_model, model, config["ema"],
+                                  (run.epoch - 1) * len(steps) + step)
             run.seconds = time.monotonic() - start
-            if result:
-                run.sums += result[0]
-                run.counts += result[1]
-                if config["ema"]:
-                    layers.update_ema(ema_model, model, config["ema"],
-                                      (run.epoch - 1) * len(steps) + step)
-            run.skipped += not result
-            if run.skipped > 10:
-                abort_run(folder, run, f"{run.skipped} steps had infinite gradients")
-            if status.due():
-                speed = (done - progress[run.epoch - 1]) / run.seconds
-                status.show(f"epoch {run.epoch}/{config['epochs']}  step {step + 1}/{len(steps)}  "
-                            f"loss {run.sums[0] / run.sums[1]:.4f}  "
-                            f"{timedelta(0, round((1 - done) / speed))} left")
 
         predictor = Predictor(ema_model, config)
         best = finish_epoch(folder, run, config, lr,
@@ -324,22 +302,22 @@ def train(args):
             if config["save_every"] and run.epoch % config["save_every"] == 0:
                 save_model(folder / f"epoch-{run.epoch}.pt", ema_model, config, run.history)
             data.write_csv(folder / "metrics.csv", run.history)
-            data.draw_curves(folder / "curves.png", {folder.name: run.history}, main_metric(config))
+            data.draw_curves(folder / "curves.png", {folder.name: run.history},
+                             layers.score_names(config["class_names"])[0])
             draw_samples(folder / "samples.png", predictor, val_set,
                          torch.linspace(0, len(val_set.names) - 1, 8).int().unique())
-        run.epoch, run.step, run.skipped, run.seconds = run.epoch + 1, 0, 0, 0.0
-        run.sums.zero_()
-        run.counts.zero_()
+        run.epoch, run.step, run.seconds = run.epoch + 1, 0, 0.0
+        run.sums, run.counts = run.sums * 0, run.counts * 0
         saved = save_last(*checkpoint)
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, terminate)
     if signals:  # one that came after the last step
         signal.raise_signal(signals[0])
-    with rank0_first():  # it has written best.pt
-        predictor = load_predictor(args, folder / "best.pt")
-    score_split(args, predictor, dataset, config, "test" if "test" in dataset.splits else "val",
-                folder / "test.json")
+    args.ckpt, args.out, args.threshold, args.tta = folder / "best.pt", folder, 0.5, True
+    args.data, args.root, args.precision = config["data"], config["root"], config["precision"]
+    args.split = "test" if "test" in dataset.splits else "val"
+    score_split(args)
 
 def evaluate(predictor, split, loss="bce_dice", class_weights=None, batch_size=32):
     """Predicts every image of a split: (mean loss, pixel counts of each image (N, C, 3))."""
@@ -363,21 +341,13 @@ def eval_target(config, labels):
 # ------------------------------------------------------------------- what train and evaluate call
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
-def setup_device(args):
-    """The device asked for, or the best there is; sets the threads and malloc of this process."""
-    works = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(),
-             "cpu": True}
-    names = [name for name in works if works[name] and args.device in ("auto", name)]
+def pick_device(name):
+    """The device of this name, or the best there is."""
+    works = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    names = [device for device in works if works[device] and name in ("auto", device)]
     if not names:
-        raise UserError(f"torch can use no {args.device} device here; try --device cpu")
+        raise UserError(f"torch can use no {name} device here; try --device cpu")
     torch.backends.cudnn.deterministic = True  # the same seed gives the same weights
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    # glibc keeps freed memory instead of returning it to the kernel, which clears each new page: a
-    # step of UNet takes 250 ms instead of 300, of ResNet34-UNet 212 instead of 235
-    if names[0] == "cpu" and platform.libc_ver()[0] == "glibc":
-        for option, value in ((-1, 2**31 - 1), (-3, 2**24), (-8, 1)):  # trim, mmap, arenas
-            ctypes.CDLL(None).mallopt(option, value)
     return torch.device(names[0])
 
 def pick_precision(name, device):
@@ -386,29 +356,14 @@ def pick_precision(name, device):
             "cpu": torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()}
     return name if name in DTYPES else "bf16" if fast.get(device.type) else "fp32"
 
-def find_data(choice, root, url):
-    """The folder that --data means, downloaded or drawn if need be."""
-    if choice not in ("auto", "pets", "toy"):
-        return Path(choice)
-    with data.take_lock(root):  # two runs that start together do not download twice
-        if choice != "toy":
-            try:
-                return data.get_pets(root, url)
-            except data.DownloadError as error:
-                if choice == "pets":
-                    raise
-                log(f"!!! The pets are not in {root} and could not be downloaded: {error}.\n!!! "
-                    "What follows uses TOY PETS, drawn by this program: its scores say nothing\n"
-                    f"!!! about photos. For real pets: {PROGRAM} data get, or --data FOLDER.")
-        toys = Path(root) / data.TOYS
-        return toys if toys.is_dir() else data.make_toys(root)
-
 def load_dataset(config, url):
     """The dataset of a config; the border is a class of its own where the config says so."""
-    dataset = data.scan_dataset(find_data(config["data"], config["root"], url), config["classes"],
-                                config["cityscapes_classes"], config["random_split"])
-    border = ["border"] * (config.get("border") == "class")
-    return dataset._replace(class_names=dataset.class_names + border)
+    folder = data.find_data(config["data"], config["root"], url)
+    dataset = data.scan_dataset(folder, config["classes"], config["cityscapes_classes"],
+                                config["random_split"])
+    if config["border"] == "class":
+        dataset.class_names.append("border")
+    return dataset
 
 def class_frequencies(dataset, split, config):
     """The fraction of each class in the pixels of a split; logs what the dataset is."""
@@ -418,8 +373,7 @@ def class_frequencies(dataset, split, config):
     counts = torch.bincount(target, torch.from_numpy(pixels).double())[:len(names)]
     frequencies = counts / counts.sum().clamp(min=1)
     parts = [f"{len(samples):,} {name}" for name, samples in dataset.splits.items()]
-    parts += [f"{name} {f:.1%}" + " (warning: it cannot be learned)" * (not f)
-              for name, f in zip(names, frequencies.tolist())]
+    parts += [f"{name} {f:.1%}" for name, f in zip(names, frequencies.tolist())]
     log(f"{dataset.folder}: {dataset.layout}; {', '.join(parts)} of the training pixels")
     return frequencies
 
@@ -433,8 +387,7 @@ def build_model(config, device="cpu"):
     model.gradient_checkpointing = config["grad_checkpoint"]
     return model.to(memory_format=torch.channels_last)
 
-# how else an image is viewed for prediction: (scale, flipped). The flip gains 0.003 to 0.005 of val
-# Dice (14 runs), the two other scales 0.0005 to 0.003 more (9 runs), for twice the work
+# (scale, flipped): the flip gains 0.003 to 0.005 of val Dice (14 runs), the scales up to 0.003 (9)
 TTA_VIEWS = ((1, True), (0.75, False), (1.25, True))
 
 class Predictor:
@@ -463,51 +416,30 @@ class Predictor:
         mean = probs / (1 + len(TTA_VIEWS))
         return mean.logit(eps=1e-6) if mean.shape[1] == 1 else mean.clamp(min=1e-6).log()
 
-def main_metric(config):
-    """The metric that selects the best epoch."""
-    return "dice" if len(config["class_names"]) == 2 else "mean_iou"
-
-def compute_metrics(counts, class_names):
-    """All metrics of a split, from the counts of each image (N, C, 3)."""
-    if len(class_names) == 2:
-        return layers.binary_metrics(counts) | {"images": len(counts)}
-    return {"images": len(counts), **layers.class_metrics(counts.sum(dim=0), class_names)}
-
-def image_scores(counts):
-    """The main metric of each image alone, the mean IoU over the classes that occur in it."""
-    dice, iou = layers.dice_and_iou(counts)
-    if dice.shape[1] == 2:
-        return dice[:, 1]
-    occurs = counts[..., 1:].any(dim=2)
-    return (iou * occurs).sum(dim=1) / occurs.sum(dim=1).clamp(min=1)
-
-def abort_run(folder, run, why):
-    """Ends a run that diverged."""
-    raise UserError(f"{why} in epoch {run.epoch} of {folder}; the last good checkpoint is kept; "
-                    "begin a new run with a lower --lr, --grad-clip 1, or --precision fp32")
+DIVERGED = ("{} in epoch {} of {}; the last good checkpoint is kept; begin a new run with a lower "
+            "--lr, --grad-clip 1, or --precision fp32")
 
 def finish_epoch(folder, run, config, lr, val_loss, val_counts):
     """Adds the row of an epoch to the history and logs it; returns whether it is the best yet."""
     loss, n, dice, iou = run.sums.tolist()
-    if not n or not math.isfinite(val_loss):
-        abort_run(folder, run, f"the val loss is {val_loss}")
-    names, metric = config["class_names"], main_metric(config)
-    train = layers.class_metrics(run.counts.cpu(), names) | {
+    if not (n and math.isfinite(val_loss)):
+        raise UserError(DIVERGED.format("the loss is not finite", run.epoch, folder))
+    names = config["class_names"]
+    metric, other = layers.score_names(names)
+    train = layers.compute_metrics(run.counts.cpu()[None], names) | {
         "loss": loss / n, "dice": dice / n, "iou": iou / n}
-    val = compute_metrics(val_counts, names) | {"loss": val_loss}
-    columns = ("loss", "dice", "iou") if metric == "dice" else ("loss", "mean_dice", "mean_iou")
+    val = layers.compute_metrics(val_counts, names) | {"loss": val_loss}
     height, width = layers.train_image_size(config, run.epoch)
     run.history.append({
         "epoch": run.epoch, "image_height": height, "image_width": width,
-        **{f"train_{name}": train[name] for name in columns},
-        **{f"val_{name}": val[name] for name in columns}, "lr": lr, "skipped_steps": run.skipped,
+        **{f"train_{name}": train[name] for name in ("loss", metric, other)},
+        **{f"val_{name}": val[name] for name in ("loss", metric, other)}, "lr": lr,
         "seconds": run.seconds, "images_per_second": n / run.seconds})
     best = val[metric] > max(run.val_scores, default=-1.0)
     run.val_scores.append(val[metric])
     log(f"epoch {run.epoch}/{config['epochs']}  {height}×{width}  train loss {train['loss']:.4f} "
         f"{metric} {train[metric]:.4f}  val loss {val_loss:.4f} {metric} {val[metric]:.4f}"
-        f"{' *' if best else '  '}  {timedelta(0, round(run.seconds))}  {n / run.seconds:.0f} img/s"
-        + f", {run.skipped} steps skipped: infinite gradients" * bool(run.skipped))
+        f"{' *' if best else ''}  {run.seconds:.0f} s  {n / run.seconds:.0f} images/s")
     return best
 
 def draw_samples(path, predictor, split, indices):
@@ -516,11 +448,10 @@ def draw_samples(path, predictor, split, indices):
     images, labels = data.get_batch(split, indices, predictor.device)
     masks = layers.probs_to_mask(layers.probabilities(predictor(images)), predictor.threshold)
     target = eval_target(config, labels)
-    scores = image_scores(layers.count_pixels(masks, target, len(names))).tolist()
-    target[target == data.IGNORE_INDEX] = 0
+    scores = layers.image_scores(layers.count_pixels(masks, target, len(names)), names).tolist()
     data.save_image(data.image_grid([
         data.panel(data.to_image(split.images[i]), truth, mask,
-                   f"{main_metric(config)} {score:.3f}  {split.names[i]}", names, side=160)
+                   f"{layers.score_names(names)[0]} {score:.3f}  {split.names[i]}", names, side=160)
         for i, truth, mask, score in zip(indices, target.cpu().numpy(), masks.cpu().numpy(), scores)
     ]), path)
 
@@ -537,47 +468,38 @@ def terminate(*_):
 
 # --------------------------------------------------------------------------- runs and checkpoints
 DEFAULTS = {"model": None} | {name: default for name, (default, *_) in OPTIONS.items()}
-CONFIG_EXAMPLE = DEFAULTS | {"width": 16, "size": (), "class_names": [], "random_split": {}}
 RESUME_OVERRIDES = {"epochs", "threads", "save_every", "checkpoint_minutes", "root", "data"}
 # what zipfile and torch raise at files that are damaged or made to do harm
-LOAD_ERRORS = (*data.DECODE_ERRORS, zipfile.BadZipFile, zlib.error, pickle.UnpicklingError,
-               AttributeError, AssertionError, ArithmeticError)
-KEYS = {"best.pt": {"config", "weights", "metrics"},
-        "last.pt": {"config", "model", "ema", "optimizers", "epoch", "step", "skipped", "seconds",
-                    "history", "val_scores", "sums", "counts", "train_images"}}
+LOAD_ERRORS = (*data.DECODE_ERRORS, zipfile.BadZipFile, pickle.UnpicklingError, AttributeError,
+               AssertionError, ArithmeticError)
 
 def open_run(args, device):
-    """(folder, config, last.pt or None) of a run; of a finished one (folder, None, its result)."""
+    """The folder of a run, its config, and its last.pt, or None where it begins."""
     if args.resume:
         folder = Path(args.resume)
     elif not args.model:
         raise UserError(f"which model? {PROGRAM} train unet, or train resnet34_unet")
     else:
-        source = find_data(args.data or "auto", args.root or "data", args.url).resolve()
+        source = data.find_data(args.data or "auto", args.root or "data", args.url).resolve()
         if args.data in (None, "auto"):
             args.data = "toy" if source.name == data.TOYS else "pets"
         run_id = os.environ.get("TORCHELASTIC_RUN_ID") or f"{datetime.now():%Y%m%d-%H%M%S-%f}"
         name = re.sub(r"\W", "-", f"{source.name}-{args.model}-{run_id}")
         folder = Path(args.out) / (args.name or name)
         if not any(folder.glob("*.pt")):
-            return folder, resolve_config(vars(args), device, source.name == data.TOYS), None
+            return folder, resolve_config(vars(args), device), None
 
     last = load_last(folder)
-    old, result = last["config"], folder / "test.json"
+    old = last["config"]
     resolved = {"data": "auto", "precision": "auto"}  # when the run began
     changed = {name: value for name, value in vars(args).items()
                if name in DEFAULTS and value not in (None, old[name], resolved.get(name))}
     for name in changed.keys() - RESUME_OVERRIDES:
         raise UserError(f"{folder} was begun with --{name.replace('_', '-')} {old[name]}, not "
                         f"{changed[name]}; leave it out, or begin a new run with another --name")
-    if "epochs" in changed:
-        changed["command"] = f"{old['command']}, resumed with --epochs {changed['epochs']}"
-    config = old | changed
-    if last["epoch"] > config["epochs"] and result.is_file():
-        return folder, None, json.loads(result.read_text())
-    return folder, config, last
+    return folder, old | changed, last
 
-def resolve_config(options, device, toy=False):
+def resolve_config(options, device):
     """Every option of a run: what was typed, else the default that fits machine and data."""
     typed = {name: value for name, value in options.items()
              if name in DEFAULTS and value is not None}
@@ -591,18 +513,12 @@ def resolve_config(options, device, toy=False):
     config |= typed
     config["precision"] = pick_precision(config["precision"], device)
     gpu, unet = device.type == "cuda", config["model"] == "unet"
-    # val Dice of UNet, `full` and `strong`: 0.910 and 0.897 after 11 epochs, 0.934 and 0.937 after
-    # 250 (a run each); test Dice on toys, `full` and `flip`: 0.941 and 0.962
-    preset = "flip" if toy else "strong" if (config["epochs"] or 0) >= 100 else "full"
+    # val Dice of `full` and `strong` (a run each): 0.910, 0.897 in 11 epochs; 0.934, 0.937 in 250
+    preset = "strong" if config["epochs"] >= 100 else "full"
     fitting = {"size": (256, 256) if gpu else (128, 128), "batch_size": 32 if gpu else 16,
-               "width": 64 if gpu else 16 if unet else 32, "epochs": 16 if toy and unet else 20,
-               "lr": 0.02 if config["optimizer"] == "muon" else 0.004,
-               "augment": AUGMENT_PRESETS[preset]}
+               "width": 64 if gpu else 16 if unet else 32, "augment": AUGMENT_PRESETS[preset],
+               "lr": 0.02 if config["optimizer"] == "muon" else 0.004}
     config |= {name: value for name, value in fitting.items() if config[name] is None}
-    if config["compile"] and config["grad_checkpoint"]:
-        raise UserError("--compile and --grad-checkpoint do not go together; leave out one of them")
-    if not unet and config["width"] < 8:  # oneDNN 3.x, 1×1 convolutions with stride 2
-        raise UserError("--width of resnet34_unet must be 8 or more: less can crash torch on a CPU")
     return config
 
 def log_start(folder, config, last, device):
@@ -611,7 +527,7 @@ def log_start(folder, config, last, device):
                          capture_output=True)
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     config |= {"device": name, "threads": torch.get_num_threads(), "processes": WORLD_SIZE,
-               "system": platform.platform(), "python": platform.python_version(),
+               "system": sys.platform, "python": sys.version,
                "torch": str(torch.__version__), "commit": git.stdout.strip() or None}
     log(f"{'resuming' if last else 'training'} {folder} on {name}, {WORLD_SIZE} processes, "
         f"{config['threads']} threads")
@@ -644,20 +560,16 @@ def load_checkpoint(path, kind="best.pt", device="cpu"):
         raise UserError(f"there is no checkpoint {path}")
     try:
         with zipfile.ZipFile(path) as archive:
-            parts = archive.infolist()
-            odd = any(part.compress_type or part.external_attr for part in parts)
-            if odd or sum(p.file_size for p in parts) > path.stat().st_size or archive.testzip():
+            odd = any(part.compress_type or part.external_attr for part in archive.infolist())
+            if odd or archive.testzip():
                 raise ValueError("a zip bomb, or a flipped bit")
         content = torch.load(path, map_location=device, weights_only=True)
-        if not KEYS[kind] <= content.keys():
+        if not {"config", {"best.pt": "weights", "last.pt": "ema"}[kind]} <= content.keys():
             raise UserError(f"{path} is not the {kind} of a run, or of an older version of petseg; "
                             "a last.pt is for --resume, an old best.pt must be trained again")
         config = content["config"] = DEFAULTS | content["config"]
         height, width = config["size"]
-        if not (all(isinstance(config[name], type(example))
-                    for name, example in CONFIG_EXAMPLE.items() if example is not None)
-                and 2 <= len(config["class_names"]) <= 101 and 32 <= min(height, width)
-                and max(height, width) <= 2**15 and isinstance(content.get("metrics", {}), dict)):
+        if not (32 <= min(height, width) and 2 <= len(config["class_names"]) <= 101):
             raise ValueError("not a config that petseg writes")
         for weights in [content[key] for key in ("weights", "model", "ema") if key in content]:
             # a copy, as torch notes in a state dict that it is to be assigned
@@ -674,7 +586,7 @@ def save_last(folder, run, config, model, ema_model, optimizers):
     """Writes last.pt and keeps the one before as previous.pt; returns the time."""
     # what was ever infinite in the model is so in its EMA
     if not all(value.isfinite().all() for value in ema_model.state_dict().values()):
-        abort_run(folder, run, "the weights are not finite")
+        raise UserError(DIVERGED.format("the weights are not finite", run.epoch, folder))
     if RANK == 0:
         data.write_json(folder / "config.json", config)
         save_checkpoint(folder / "last.pt", {
@@ -701,7 +613,8 @@ def restore(run, model, ema_model, optimizers, last, folder):
                            (last["model"], last["ema"], *last["optimizers"])):
         part.load_state_dict(state)
     vars(run).update({name: last[name] for name in vars(run)})
-    (folder / "test.json").unlink(missing_ok=True)  # it is of fewer epochs
+    for name in ("test.json", "val.json"):
+        (folder / name).unlink(missing_ok=True)  # it is of fewer epochs
 
 def init_from(model, config):
     """Starts from the weights of a best.pt; where it has other classes, the head stays random."""
@@ -711,70 +624,57 @@ def init_from(model, config):
         log(f"{config['init_from']} has the classes {', '.join(names)}: the head starts at random")
         weights |= {f"head.{name}": value for name, value in model.head.state_dict().items()}
     model.load_state_dict(weights)
-    config["command"] += f", begun with the weights of {start['config']['command']}"
 
 def save_model(path, model, config, history):
     """Writes a best.pt: the weights, in half precision, and how they came about."""
     weights = {name: value.half() if value.dim() > 1 else value  # a variance may exceed its 65504
                for name, value in model.state_dict().items()}
-    metrics = history[-1] | {"seconds": sum(row["seconds"] for row in history)}
-    save_checkpoint(path, {"config": config, "weights": weights, "metrics": metrics})
+    save_checkpoint(path, {"config": config, "weights": weights, "metrics": history[-1]})
 
-def load_predictor(args, path):
-    """The model of a best.pt, ready to predict; args.tta and the like say how."""
-    device, options = setup_device(args), {"threshold": 0.5, "tta": True} | vars(args)
+def load(path, device="auto", precision="auto", threshold=0.5, tta=True):
+    """The model of a best.pt, ready to predict: a Predictor."""
+    device = pick_device(device)
     content = load_checkpoint(path, device=device)
     config, model = content["config"], build_model(content["config"], "meta")
-    if options["threshold"] != 0.5 and len(config["class_names"]) > 2:
-        raise UserError(f"--threshold is for two classes, and {path} has more; leave it out")
     model.load_state_dict(content["weights"], assign=True)
-    config["precision"] = pick_precision(args.precision or "auto", device)
-    predictor = Predictor(model.float().to(memory_format=torch.channels_last), config,
-                          options["threshold"], options["tta"])
-    predictor.path, predictor.metrics = path, content["metrics"]
-    return predictor
+    config["precision"] = pick_precision(precision, device)
+    return Predictor(model.float().to(memory_format=torch.channels_last), config, threshold, tta)
 
 # --------------------------------------------------------------------------- eval, infer, compare
 def eval_dataset(args, config):
-    """The dataset that --data and --root name, or else that the model has seen; its config."""
-    own = config | {"data": args.data or config["data"], "root": args.root or config["root"]}
-    if Path(own["data"]).resolve() != Path(config["data"]).resolve():
-        own["random_split"] = {}  # that of other data
-    dataset, names = load_dataset(own, args.url), config["class_names"]
+    """The dataset that --data and --root name, or else the one that the model has seen."""
+    if args.data and Path(args.data).resolve() != Path(config["data"]).resolve():
+        config["random_split"] = {}  # that of other data
+    config |= {"data": args.data or config["data"], "root": args.root or config["root"]}
+    dataset, names = load_dataset(config, args.url), config["class_names"]
     if dataset.class_names != names and not len(dataset.class_names) == len(names) == 2:
         raise UserError(f"{dataset.folder} has the classes {', '.join(dataset.class_names)}, the "
                         f"model {', '.join(names)}; name other data with --data, or another --ckpt")
-    return dataset, own
+    return dataset
 
-def eval_command(args):
-    """Scores a split with a trained model."""
-    with rank0_first():
-        predictor = load_predictor(args, args.ckpt)
-        dataset, config = eval_dataset(args, predictor.config)
-    score_split(args, predictor, dataset, config, args.split, Path(args.out) / f"{args.split}.json")
-
-def score_split(args, predictor, dataset, config, name, path):
-    """Scores a split: overall, per class or breed. Writes the scores to `path`, and worst.png."""
-    names = config["class_names"]
-    with rank0_first():
-        split = data.open_split(dataset, name, config["size"], config["root"])
+def score_split(args):
+    """Scores a split with a trained model: overall, and per class or breed; draws the worst."""
+    with rank0_first():  # in train it has written best.pt
+        predictor = load(args.ckpt, args.device, args.precision, args.threshold, args.tta)
+        config, names = predictor.config, predictor.config["class_names"]
+        dataset, out = eval_dataset(args, config), Path(args.out)
+        split = data.open_split(dataset, args.split, config["size"], config["root"])
     _, counts = evaluate(predictor, split)
-    metrics = compute_metrics(counts, names)
+    metrics = layers.compute_metrics(counts, names)
     if names == ["background", "pet"]:
         breed_of = np.array([name.rpartition("_")[0] for name in split.names])
-        metrics["breeds"] = {breed: compute_metrics(counts[breed_of == breed], names)
+        metrics["breeds"] = {breed: layers.compute_metrics(counts[breed_of == breed], names)
                              for breed in np.unique(breed_of).tolist()}
-    worst, worst_path = image_scores(counts).argsort(stable=True)[:12], path.with_name("worst.png")
+    result = {"split": args.split, "checkpoint": str(args.ckpt), **metrics}
     if RANK == 0:
-        draw_samples(worst_path, predictor, split, worst)
-    keys = ("epoch", f"val_{main_metric(config)}", "seconds")
-    trained = {"checkpoint": str(predictor.path), **{k: predictor.metrics.get(k) for k in keys}}
-    print_result(args, f"{format_metrics(name, metrics)}\n\n{format_table([trained])}\n\nthe worst "
-                 f"images: {worst_path}", {"split": name, **trained, **metrics}, path)
+        order = layers.image_scores(counts, names).argsort(stable=True)
+        draw_samples(out / "worst.png", predictor, split, order[:12])
+        data.write_json(out / f"{args.split}.json", result)
+    print_result(args, f"{data.format_metrics(args.split, metrics)}\n\nthe worst images: "
+                 f"{out / 'worst.png'}", result)
 
 def segment_image(predictor, sample, outputs, out):
-    """Segments one image and writes its outputs; returns its row of predictions.csv, with Dice and
-    IoU at the image's own size."""
+    """Segments one image, writes its outputs; returns its row of predictions.csv."""
     config, names = predictor.config, predictor.config["class_names"]
     labels = data.read_mask(sample.mask, sample.classes) if sample.mask else None
     photo = data.read_image(sample.image, mask_size=None if labels is None else labels.shape)
@@ -785,49 +685,38 @@ def segment_image(predictor, sample, outputs, out):
     if labels is not None:
         target = eval_target(config, torch.from_numpy(labels)[None])
         counts = layers.count_pixels(torch.from_numpy(mask)[None], target, len(names))
-        metrics = compute_metrics(counts, names)
-        truth = torch.where(target == data.IGNORE_INDEX, 0, target)[0].numpy()
+        truth, metrics = target[0].numpy(), layers.compute_metrics(counts, names)
     for output in outputs:
         image = data.OUTPUTS[output][1](photo, mask, truth, names)
         data.save_image(image, data.output_path(out, sample.name, output))
     fractions = (np.bincount(mask.ravel(), minlength=len(names)) / mask.size).tolist()
     left, top, right, bottom = data.to_image(mask > 0).getbbox() or ("",) * 4
-    by_class, prefix = ({}, "") if len(names) == 2 else (dict(zip(names, fractions)), "mean_")
     return {"file": data.escape_nonprintable(str(sample.image)), "output": sample.name,
-            "fraction": 1 - fractions[0], "left": left, "top": top, "right": right,
-            "bottom": bottom, "confidence": confidence, "dice": metrics.get(f"{prefix}dice", ""),
-            "iou": metrics.get(f"{prefix}iou", ""),
-            **{f"fraction of {name}": value for name, value in by_class.items()}}
-
-def read_predictions(path, outputs):
-    """{output name: row} of an earlier predictions.csv, where all files of the row are there."""
-    rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
-    if rows and not {"file", "output", "dice", "iou"} <= rows[0].keys():
-        raise UserError(f"{path} is not as infer writes it; move it, or leave out --skip-existing")
-    return {row["output"]: row for row in rows if all(
-        data.output_path(path.parent, row["output"], output).is_file() for output in outputs)}
+            **{f"fraction of {name}": x for name, x in zip(names, fractions)},
+            "left": left, "top": top, "right": right, "bottom": bottom, "confidence": confidence,
+            **{name: metrics[name] for name in layers.score_names(names) if metrics}}
 
 def infer(args):
     """Segments images of any size: writes what --save names, and a table of all."""
-    predictor, out = load_predictor(args, args.ckpt), Path(args.out)
+    predictor = load(args.ckpt, args.device, args.precision, args.threshold, args.tta)
     outputs = (args.save or ("mask,overlay,cutout" if args.images else "panel")).split(",")
     if unknown := set(outputs) - data.OUTPUTS.keys():
         raise UserError(f"--save knows {', '.join(data.OUTPUTS)}, not {', '.join(unknown)}")
+    out, table = Path(args.out), Path(args.out) / "predictions.csv"
     if args.images:
         trimaps = "pet" in predictor.config["class_names"]  # what values mean else is not known
         samples = [data.Sample("", path, trimaps and data.find_ground_truth(path),
                                data.TRIMAP_TO_LABEL) for path in data.find_images(args.images)
                    if not data.is_own_output(path, out)]
     else:
-        samples = data.get_samples(eval_dataset(args, predictor.config)[0], "test")
-    names, table = data.unique_names([s.image.stem for s in samples]), out / "predictions.csv"
+        samples = data.get_samples(eval_dataset(args, predictor.config), "test")
+    names = data.unique_names([sample.image.stem for sample in samples])
     samples = [sample._replace(name=name) for sample, name in zip(samples, names)]
-    rows = read_predictions(table, outputs) if args.skip_existing and table.is_file() else {}
+    rows = data.read_predictions(table, outputs) if args.skip_existing and table.is_file() else {}
     todo = [s for s in samples if s.name not in rows
             or rows[s.name]["file"] != data.escape_nonprintable(str(s.image))]
 
-    # one image per thread, from file to file: 342 photos of 500×375 in 9 s on two cores, start
-    # included; one after the other, with both cores on each forward pass, 57 took 8 s
+    # one image per thread, from file to file: 38 photos a second on two cores, else 7
     threads, failed = torch.get_num_threads(), []
     torch.set_num_threads(1)
     data.take_lock(out, wait=False)  # clears away what a kill has left there
@@ -843,12 +732,11 @@ def infer(args):
 
     result = {"out": str(out), "images": len(names) - len(failed),
               "skipped": len(names) - len(todo), "failed": len(failed)}
-    scores = [(float(row["dice"]), float(row["iou"])) for row in map(rows.get, names)
-              if row and row["dice"] != ""]
-    if scores:
-        result["scored"] = len(scores)
-        result["dice"], result["iou"] = np.mean(scores, axis=0).tolist()
-    print_result(args, format_table([result]), result | {"failed": failed})
+    for name in layers.score_names(predictor.config["class_names"]):
+        scores = [rows[s.name].get(name, "") for s in samples if s.name in rows]
+        if scores := [float(score) for score in scores if score != ""]:
+            result |= {"scored": len(scores), name: sum(scores) / len(scores)}
+    print_result(args, data.format_table([result]), result | {"failed": failed})
     if failed:
         raise UserError(f"{len(failed)} of {len(names)} images could not be read:", *failed[:5])
 
@@ -862,40 +750,32 @@ def compare(args):
             raise UserError(f"{folder} is no run with a finished epoch, or of an older version")
         histories[name] = history = [{key: json.loads(value) for key, value in row.items()}
                                      for row in csv.DictReader(table.read_text().splitlines())]
-        metric, test = main_metric(config), json.loads(path.read_text()) if path.is_file() else {}
+        metric, model = layers.score_names(config["class_names"])[0], build_model(config, "meta")
         best = max(history, key=lambda row: row[f"val_{metric}"])
         rows.append({
-            "run": name, "model": config["model"], "width": config["width"],
-            "parameters": sum(p.numel() for p in build_model(config, "meta").parameters()),
-            "size": "×".join(map(str, config["size"])), "epochs": len(history),
+            "run": name, "parameters": sum(p.numel() for p in model.parameters()),
             "best_epoch": best["epoch"], f"val_{metric}": best[f"val_{metric}"],
-            f"test_{metric}": test[metric] if test.get("split") == "test" else None,
+            f"test_{metric}": json.loads(path.read_text())[metric] if path.is_file() else None,
             "seconds": sum(row["seconds"] for row in history)})
         if rows[0].keys() != rows[-1].keys():
             raise UserError("runs of two classes do not compare with runs of more: metrics differ")
     data.draw_curves(args.out, histories, metric)
-    print_result(args, f"{format_table(rows)}\n{args.out}", {"runs": rows, "picture": args.out})
+    print_result(args, f"{data.format_table(rows)}\n{args.out}", {"runs": rows, "out": args.out})
 
 # ------------------------------------------------------------------- data, summary, export, bench
 def manage_data(args):
     """Downloads the pets, draws the toys, or reads all of a dataset and says what is wrong."""
-    there = [choice for choice, name in (("pets", data.PETS), ("toy", data.TOYS))
-             if (Path(args.root) / name).is_dir()]
-    choice = {"get": "pets", "toy": "toy"}.get(args.action) or args.data or (there + [None])[0]
-    if not choice:
-        raise UserError(f"no data in {args.root}; try {PROGRAM} data get, data toy, --data FOLDER")
-    dataset = load_dataset(vars(args) | {"data": choice, "random_split": {}}, args.url)
+    choice = {"get": "pets", "toy": "toy"}.get(args.action, args.data or "auto")
+    dataset = load_dataset(DEFAULTS | vars(args) | {"data": choice, "random_split": {}}, args.url)
     checks = data.verify(dataset)
     errors = [error for check in checks.values() for error in check.errors]
     notes = [f"{split}: {note}" for split, check in checks.items() for note in check.notes]
     rows = [{"split": "images"} | {split: len(dataset.splits[split]) for split in checks},
             {"split": "errors"} | {split: len(check.errors) for split, check in checks.items()}]
-    for i, name in enumerate(dataset.class_names):
-        fractions = {split: float(check.fractions[i]) for split, check in checks.items()}
-        rows.append({"split": f"fraction of {name}"} | fractions)
-        notes += [f"{s}: the class {name} never occurs" for s in fractions if not fractions[s]]
+    rows += [{"split": f"fraction of {name}"} | {s: float(checks[s].fractions[i]) for s in checks}
+             for i, name in enumerate(dataset.class_names)]
     about = {"folder": str(dataset.folder), "layout": dataset.layout}
-    print_result(args, "\n".join([": ".join(about.values()), format_table(rows), *notes]),
+    print_result(args, "\n".join([": ".join(about.values()), data.format_table(rows), *notes]),
                  about | {"table": rows, "errors": [*map(str, errors)], "notes": notes})
     if errors:
         raise UserError(f"{len(errors)} images of {dataset.folder} cannot be used:",
@@ -905,7 +785,6 @@ def manage_data(args):
 def summary(args):
     """Prints each innermost layer's output, parameters and multiply-adds."""
     rows = []
-
     def hook(layer, inputs, output):
         kind = type(layer).__name__
         # a convolution works for each output pixel, a transposed one for each input pixel
@@ -923,9 +802,8 @@ def summary(args):
                 layer.register_forward_hook(hook)
         model(torch.zeros(1, 3, *args.size))
     total = {name: sum(row[name] for row in rows) for name in ("parameters", "multiply_adds")}
-    text = format_table([*rows, {"layer": "all", "kind": args.model, "output": "", **total}])
-    print_result(args, text, {"model": args.model, "size": args.size, "width": args.width, **total,
-                              "layers": rows})
+    table = data.format_table([*rows, {"layer": "all", "kind": args.model, "output": "", **total}])
+    print_result(args, table, {"model": args.model, **total, "layers": rows})
 
 @torch.no_grad()
 def export(args):
@@ -936,118 +814,85 @@ def export(args):
     if out.suffix == ".onnx" and not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
         raise UserError(f"{out} takes two more packages: pip install onnx onnxscript")
     warnings.simplefilter("ignore")  # torch's about itself
-    logging.disable(logging.WARNING)
-    predictor = load_predictor(SimpleNamespace(device="cpu", threads=None, precision="fp32"),
-                               args.ckpt)
-    # dynamic: the batch, and sides in multiples of 32 from 64 up (torch specializes on sides of 1,
-    # which ResNet34UNet has at the bottom of 32)
+    predictor = load(args.ckpt, "cpu", precision="fp32")
+    # dynamic: the batch, and sides in multiples of 32 from 64 up (torch specializes on 1 at 32)
     dim, model = torch.export.Dim, layers.ExportModel(predictor.model, data.MEAN, data.STD)
     sizes = {0: dim("batch", min=1), 2: 32 * dim("rows", min=2), 3: 32 * dim("columns", min=2)}
     program = torch.export.export(model, (torch.zeros(2, 3, 64, 96),), dynamic_shapes=(sizes,))
-    result = {name: predictor.config[name] for name in ("model", "class_names", "size", "command")}
-    notes = json.dumps(result | {"mean": data.MEAN, "std": data.STD})
+    notes = {name: predictor.config[name] for name in ("model", "class_names", "size", "command")}
     with data.atomic_path(out) as new, open(new, "wb") as file:
         if out.suffix == ".pt2":
-            torch.export.save(program, file, extra_files={"petseg.json": notes})
+            torch.export.save(program, file, extra_files={"petseg.json": json.dumps(notes)})
         else:
             onnx = torch.onnx.export(program, dynamo=True, verbose=False, input_names=["images"],
                                      output_names=["probabilities"])
-            onnx.model.metadata_props["petseg.json"] = notes
+            onnx.model.metadata_props["petseg.json"] = json.dumps(notes)
             file.write(onnx.model_proto.SerializeToString())
     print_result(args, f"{out}: images (B, 3, H, W) in 0..1 to probabilities, H and W multiples of "
-                 f"32 from 64 up, best {result['size']}", {"out": str(out), **result})
+                 f"32 from 64 up, best {notes['size']}", {"out": str(out), **notes})
 
-def baseline(config, samples, device):
-    """How it is usually done: fp32, contiguous memory, each image read from its file every time and
-    augmented alone. Returns a training step and a prediction, both of a list of indices."""
+def without_tricks(config, model, samples):
+    """Makes of this process what one usually writes: fp32 in contiguous memory, torch's transposed
+    convolution, batch norms of their own, and each image read from its file every time."""
+    def read_batch(split, indices, device):
+        pairs = [data.read_pair(samples[i], config["size"]) for i in indices]
+        images, labels = (torch.from_numpy(np.stack(part)).to(device) for part in zip(*pairs))
+        return data.to_float_nchw(images).contiguous(), labels
+
+    config["precision"] = "fp32"
+    model.to(memory_format=torch.contiguous_format)
+    data.get_batch, layers.fuse_conv_bn = read_batch, lambda model, dtype: model.eval()
     layers.TransposedConv.forward = torch.nn.ConvTranspose2d.forward
-    model = build_model(config).to(device, memory_format=torch.contiguous_format)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config["lr"])
 
-    def read(i):
-        image, labels = map(torch.tensor, data.read_pair(samples[i], config["size"]))
-        return data.to_float_nchw(image[None]).contiguous(), labels[None]
-
-    def step(indices):
-        pairs = [data.augment(*read(i), rng=None, **FULL) for i in indices]
-        images, labels = (torch.cat(parts).to(device) for parts in zip(*pairs))
-        loss = layers.bce_dice_loss(model(data.normalize(images)), data.labels_to_target(labels))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    @torch.no_grad()
-    def predict(indices):
-        images = torch.cat([read(i)[0] for i in indices]).to(device)
-        return model.eval()(data.normalize(images)).cpu()
-
-    return step, predict
-
-def ours(config, split, device):
-    """A training step as `train` takes it, and a prediction."""
-    model, split = build_model(config).to(device), data.to_gpu(split, device)
-    ema_model, optimizers = copy.deepcopy(model), layers.make_optimizers(model, config)
-    predictor = Predictor(model, config, tta=False)
-
-    def step(indices):
-        train_step(config, model, optimizers, split, indices, config["epochs"], 0)
-        layers.update_ema(ema_model, model, config["ema"], 0)
-
-    return step, lambda indices: predictor(data.get_batch(split, indices, device)[0]).cpu()
-
-def measure(work, batches, device):
-    """Batches and floating-point operations per second of `work`, after a warm-up."""
-    with FlopCounterMode(display=False) as counter:
-        work(batches[0])
-    times = []
-    for indices in batches:
-        work(indices)
-        getattr(torch, device.type).synchronize()
-        times.append(time.perf_counter())
-    rate = (len(times) - 3) / (times[-1] - times[2])
-    return rate, rate * counter.get_total_flops()
-
-def bench_one(args):
-    """Images/s, peak GB, and fractions of the machine's matrix rate, of one variant."""
-    device = setup_device(args)
+def bench_one(args, variant):
+    """Images/s, fractions of the machine's matrix rate, and peak GB, of one variant."""
+    torch.set_num_threads(args.threads or torch.get_num_threads())
+    device = pick_device(args.device)
     config = resolve_config(vars(args), device)
-    dataset, batch_size = load_dataset(config, args.url), config["batch_size"]
+    dataset = load_dataset(config, args.url)
+    config["class_names"] = dataset.class_names
     split = data.open_split(dataset, "train", config["size"], config["root"])
-    config["class_names"], result = dataset.class_names, {}
-    step, predict = (ours(config, split, device) if args.only == "petseg" else
-                     baseline(config, dataset.splits["train"], device))
+    split, model = data.to_gpu(split, device), build_model(config).to(device)
     side = 1024 if device.type == "cpu" else 8192
     matrix = torch.randn(side, side, device=device).to(DTYPES[config["precision"]])
-    batches = torch.randint(len(split.names), (15, batch_size))
-    _, peak = measure(lambda _: matrix @ matrix, batches, device)
-    for name, work in (("train", step), ("infer", predict)):
-        rate, flops = measure(work, batches, device)
-        result |= {name: rate * batch_size, f"{name}_utilization": flops / peak}
+    if variant == "baseline":
+        without_tricks(config, model, dataset.splits["train"])
+    predictor = Predictor(copy.deepcopy(model), config, tta=False)
+    optimizers, last_epoch, rates = layers.make_optimizers(model, config), config["epochs"], {}
+    works = {"matrix": lambda _: matrix @ matrix,
+             "train": lambda i: train_step(config, model, optimizers, split, i, last_epoch, 0),
+             "infer": lambda i: predictor(data.get_batch(split, i, device)[0]).cpu()}
+    for name, work in works.items():
+        times, batches = [], torch.randint(len(split.names), (15, config["batch_size"]))
+        with FlopCounterMode(display=False) as counter:
+            work(batches[0])
+        for indices in batches:
+            work(indices)
+            getattr(torch, device.type).synchronize()
+            times.append(time.perf_counter())
+        rate = (len(times) - 3) / (times[-1] - times[2])  # the first ones warm up
+        rates[name] = rate * config["batch_size"], rate * counter.get_total_flops()
+    result, peak = {name: rates[name][0] for name in ("train", "infer")}, rates["matrix"][1]
+    result |= {f"{name}_utilization": rates[name][1] / peak for name in ("train", "infer")}
     if device.type == "cuda":
         result["memory"] = torch.cuda.max_memory_allocated() / 1e9
-    elif sys.platform != "win32":
-        import resource  # which Windows does not have
-        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-        result["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    elif sys.platform == "linux":
+        import resource
+        result["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     return result
 
 def bench(args):
-    """Measures the plain way to write such a program and this one, in fresh processes by turns."""
-    if args.only:
-        return print_result(args, "", bench_one(args))
+    """Measures the usual way to write such a program and this one, in fresh processes by turns."""
     results = {"baseline": [], "petseg": []}
     for variant in [*results] * args.rounds:
         log(f"measuring {variant}, {len(results[variant]) + 1} of {args.rounds}")
-        child = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--json", "--only",
-                                variant], stdout=subprocess.PIPE, text=True)
-        if child.returncode:
-            raise SystemExit(child.returncode)
-        results[variant].append(json.loads(child.stdout))
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            results[variant].append(pool.submit(bench_one, args, variant).result())
     plain, mine = ({name: float(np.median([row[name] for row in rows])) for name in rows[0]}
                    for rows in results.values())
     rows = [{args.model: name, "baseline": plain[name], "petseg": mine[name],
              "ratio": mine[name] / plain[name]} for name in mine]
-    print_result(args, f"{format_table(rows)}\nimages/s; fractions of the matrix rate; GB",
+    print_result(args, f"{data.format_table(rows)}\nimages/s; fractions of the matrix rate; GB",
                  {"baseline": plain, "petseg": mine, "results": results})
 
 # ------------------------------------------------------------------- several processes, and output
@@ -1075,49 +920,26 @@ def rank0_first():
     if RANK == 0 and WORLD_SIZE > 1:
         dist.barrier()
 
-def wrap_ddp(model, device):
-    """The model as all processes train it together: averaged gradients; on GPUs SyncBatchNorm."""
-    if WORLD_SIZE == 1:
-        return model
-    if device.type == "cuda":
-        torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return torch.nn.parallel.DistributedDataParallel(model, forward_sync_buffers=False)
-
-def average_bn_stats(model):
-    """Averages BatchNorm's running statistics over ranks (there is no SyncBatchNorm on CPU)."""
-    for buffer in filter(torch.is_floating_point, model.buffers() if WORLD_SIZE > 1 else ()):
-        all_reduce(buffer).div_(WORLD_SIZE)
+def all_reduce_model(model):
+    """Data-parallel training: sums gradients and averages BatchNorm statistics over ranks."""
+    tensors = [p.grad for p in model.parameters()]
+    tensors += [b.div_(WORLD_SIZE) for b in model.buffers() if b.is_floating_point()]
+    total = all_reduce(torch.cat([tensor.flatten() for tensor in tensors]))
+    for tensor, part in zip(tensors, total.split([tensor.numel() for tensor in tensors])):
+        tensor.copy_(part.view_as(tensor))
 
 def log(text, every_rank=False):
     """A line of progress or warning on stderr, in place of an unfinished status line."""
     if RANK == 0 or every_rank:
         print(("\r\x1b[K" if sys.stderr.isatty() else "") + text, file=sys.stderr, flush=True)
 
-def print_result(args, text, result, path=None):
-    """The result on stdout, as text or as one line of JSON; and as JSON in the file `path`."""
+def print_result(args, text, result):
+    """The result on stdout, as text or as one line of JSON."""
     if RANK == 0:
-        if path:
-            data.write_json(path, result)
         print(json.dumps(result) if args.json else text, flush=True)
 
-def format_table(rows):
-    """Dicts with the same keys as columns of text, the first left-aligned."""
-    styles = {float: "{:.4f}", int: "{:,}", type(None): "-"}
-    lines = [[name.replace("_", " ") for name in rows[0]]]
-    lines += [[styles.get(type(cell), "{}").format(cell) for cell in row.values()] for row in rows]
-    first, *others = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join((line[0].ljust(first), *map(str.rjust, line[1:], others)))
-                     for line in lines)
-
-def format_metrics(split, metrics):
-    """The metrics of a split as a table, below those of its breeds or classes."""
-    total = {"": split, **metrics}
-    classes, breeds = total.pop("classes", []), total.pop("breeds", {})
-    breeds = sorted(({"": breed, **row} for breed, row in breeds.items()), key=lambda r: r["dice"])
-    return "\n\n".join(format_table(rows) for rows in (classes, [*breeds, total]) if rows)
-
 # ------------------------------------------------------------------------------------------- main
-COMMANDS = {"train": train, "eval": eval_command, "infer": infer, "compare": compare,
+COMMANDS = {"train": train, "eval": score_split, "infer": infer, "compare": compare,
             "data": manage_data, "export": export, "summary": summary, "bench": bench}
 
 def explain(error):
@@ -1126,12 +948,11 @@ def explain(error):
         error = error.__context__  # torch.save hides the error of a full disk
     if isinstance(error, UserError):
         return str(error)
-    if isinstance(error, MemoryError) or re.search("(out of|allocate|enough) memory", str(error)):
+    if re.search("MemoryError|(out of|allocate|enough) memory|abruptly", repr(error)):
         return "not enough memory; lower --batch-size, --size or --width"
     if isinstance(error, OSError):
-        return (data.escape_nonprintable(f"{error.strerror or error}: {error.filename}") + "; make "
-                "room, change permissions, or name another place with --out or --root; then the "
-                "same command goes on")
+        return (f"{error}; make room, change permissions, or name another place with --out or "
+                "--root; then the same command goes on")
     if isinstance(error, dist.DistError) or "gloo" in str(error):
         return "another process has ended, and so this one does"
 
@@ -1139,10 +960,9 @@ def main(args):
     """Runs a subcommand; turns what a user can cause into a message and an exit code."""
     signal.signal(signal.SIGTERM, terminate)
     warnings.showwarning = lambda message, *_: log(f"warning: {message}")
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a file name may be undecodable
     try:
-        data.set_max_pixels(getattr(args, "max_pixels", 50_000_000))
+        data.set_max_pixels(vars(args).get("max_pixels", 50_000_000))
+        torch.set_num_threads(vars(args).get("threads") or torch.get_num_threads())
         if WORLD_SIZE > 1 and args.command not in ("train", "eval"):
             raise UserError(f"{args.command} runs in one process; leave out torchrun")
         if dist.is_torchelastic_launched():
@@ -1158,8 +978,7 @@ def main(args):
             raise error.__cause__
         if not (message := explain(error)):
             raise
-        which = f"rank {RANK} of {WORLD_SIZE}: " if RANK else ""
-        log(f"petseg: {which}{message}", every_rank=True)
+        log(f"petseg: {message}", every_rank=True)
         raise SystemExit(2)
 
 if __name__ == "__main__":
