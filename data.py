@@ -917,7 +917,7 @@ def pet_shapes(rng, cat):
     trunk, neck = ellipse(1.3 * rear, 1.3 * front, 0.24), ellipse(front, head, 0.14)
     ear = ellipse(0.3-0.2j, 0.8-1.4j, 0.5, 3) if cat else ellipse(0.8-0.7j, 1.1+0.8j, 0.3)
     parts = [head + radius * part for part in (ellipse(-1, 1, 0.9), ear, -ear.conj())]
-    return [part - head / 2 for part in (tail, *legs, trunk, neck, *parts)]
+    return [part - head / 4 for part in (tail, *legs, trunk, neck, *parts)]
 
 def draw_toy(rng, breed):
     """One toy pet: its photo (an RGB image) and its trimap (1 pet, 2 background, 3 border)."""

@@ -272,7 +272,7 @@ def compute_metrics(counts, class_names):
     total = counts.sum(dim=0).double()                               # (C, 3)
     fraction = total / total[:, 2].sum().clamp(min=1)
     dice, iou = dice_and_iou(total)
-    metrics = {"images": len(counts), "accuracy": fraction[:, 0].sum().item()}
+    metrics = {"accuracy": fraction[:, 0].sum().item(), "images": len(counts)}
     if len(class_names) == 2:
         image_dice, image_iou = dice_and_iou(counts[:, 1].double())
         tp, predicted, true = total[1].tolist()
