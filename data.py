@@ -1,7 +1,7 @@
 """data.py: files to tensors, and tensors to files.
 
 Follow one photo to a tensor: `read_pair`, `open_split`, `get_batch`, `augment`, `labels_to_target`;
-and a prediction to a file: `upsample_and_argmax`, `OUTPUTS`, `save_image`. Only this file knows
+and a prediction to a file: `upsample_and_argmax`, `cutout`, `save_image`. Only this file knows
 Pillow. A size is (height, width) everywhere. What a label is:
 
     value in the mask file   label in the cache (uint8)         target of the loss
@@ -243,6 +243,12 @@ def read_image(path, size=None, mask_size=None):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")  # reads the pixels, while the file is open
         return image.resize(size[::-1], Image.Resampling.BILINEAR) if size else image
+
+def to_photo(image):
+    """A photo as `read_image` gives it from a path, a PIL image or an array (H, W, 3)."""
+    if isinstance(image, (str, Path)):
+        return read_image(image)
+    return image.convert("RGB") if isinstance(image, Image.Image) else to_image(image)
 
 def white_level(image):
     """White of over 8 bits: the next 2ᵏ − 1, as 12 bits are stored in 16; of floats the largest."""
@@ -790,9 +796,84 @@ def overlay(photo, mask):
         result.paste("white", mask=ImageChops.darker(contour, inside))
     return result
 
-def cutout(photo, mask):
-    """The foreground alone; everything else is transparent, and black."""
-    return Image.composite(photo.convert("RGBA"), Image.new("RGBA", photo.size), to_image(mask > 0))
+def label_regions(mask):
+    """The 4-connected regions of a bool mask (H, W), as labels 1, 2, …; 0 elsewhere. Row by row,
+    each run of pixels joins the regions of the runs that it touches in the row above."""
+    rows, edges = np.nonzero(np.diff(mask, prepend=False, append=False))
+    starts, ends = edges[::2], edges[1::2]
+    parent, above, current, last = [], [], [], 0
+    for run, (y, start, end) in enumerate(zip(rows[::2].tolist(), starts.tolist(), ends.tolist())):
+        if y != last:
+            above, current, last = current if y == last + 1 else [], [], y
+        current.append((start, end, run))
+        parent.append(run)
+        for left, right, other in above:
+            if left < end and right > start:
+                while parent[other] != other:
+                    other = parent[other]
+                parent[other] = run
+    for run in reversed(range(len(parent))):  # a parent comes later
+        parent[run] = parent[parent[run]]
+    labels = np.zeros(mask.shape, int)
+    labels[mask] = 1 + np.repeat(parent, ends - starts)
+    return labels
+
+def remove_islands(mask):
+    """A bool mask without regions under 5% of the largest and without holes under 1% of it."""
+    largest = 0
+    for value, part in ((True, 0.05), (False, 0.01)):
+        labels = label_regions(mask == value)
+        sizes = np.bincount(labels.ravel())
+        sizes[0] = 0
+        largest = largest or sizes.max()
+        mask = mask ^ ((sizes < part * largest) & (sizes > 0))[labels]
+    return mask
+
+def without_islands(probs, threshold):
+    """Probabilities (C, h, w) with the foreground's islands and holes corrected."""
+    single, result = len(probs) == 1, probs.copy()
+    mask = (probs[0] >= threshold) if single else probs.argmax(axis=0) > 0
+    keep = remove_islands(mask)
+    result[0] = np.where(keep == mask, probs[0], keep if single else ~keep)
+    return result
+
+def strips(height, width):
+    """Rows in strips of a million pixels: what is done strip by strip takes little memory."""
+    rows = max(1, 2**20 // width)
+    return [slice(top, min(top + rows, height)) for top in range(0, height, rows)]
+
+def alpha_from_coefficients(photo, coefficients, threshold):
+    """Alpha (H, W), uint8: a · photo + b with the coefficients (4, h, w) of a guided filter, with
+    more contrast around the threshold, and without islands and holes."""
+    (width, height), alpha = photo.size, np.empty(photo.size[::-1], np.uint8)
+    _, small_height, small_width = coefficients.shape
+    for rows in strips(height, width):
+        top, bottom = (row * small_height / height for row in (rows.start, rows.stop))
+        size, box = (width, rows.stop - rows.start), (0, top, small_width, bottom)
+        *a, b = (np.asarray(Image.fromarray(plane).resize(size, Image.Resampling.BILINEAR, box))
+                 for plane in coefficients)
+        pixels = np.asarray(photo.crop((0, rows.start, width, rows.stop)))
+        q = b + sum(a[i] * (pixels[..., i] / np.float32(255)) for i in range(3))
+        alpha[rows] = (4 * (q - threshold) + 0.5).clip(0, 1) * 255
+    scale = min(1, 1024 / max(width, height))
+    mask = resize(alpha, (max(1, round(height * scale)), max(1, round(width * scale)))) > 127
+    keep = remove_islands(mask)
+    for wrong, value in (mask & ~keep, 0), (keep & ~mask, 255):
+        alpha[resize(to_image(wrong), alpha.shape, "NEAREST") > 0] = value
+    return alpha
+
+def cutout(photo, alpha, foreground, background):
+    """The photo with an alpha channel. Where it is half transparent, the old background's part is
+    taken out of its colours I = αF + (1 − α)B, from smooth estimates of F and B (h, w, 3)."""
+    result, (h, w, _) = np.dstack((photo, alpha)), foreground.shape
+    for rows in strips(*alpha.shape):
+        strip = result[rows]
+        strip[alpha[rows] == 0] = 0
+        y, x = np.nonzero((alpha[rows] > 0) & (alpha[rows] < 255))
+        small = (y + rows.start) * h // alpha.shape[0], x * w // alpha.shape[1]
+        f, b, a = foreground[small], background[small], strip[y, x, 3:] / np.float32(255)
+        strip[y, x, :3] = (f + a * (strip[y, x, :3] - a * f - (1 - a) * b)).clip(0, 255)
+    return Image.fromarray(result)
 
 def image_grid(images, columns=2):
     """Images side by side on white."""
@@ -825,16 +906,11 @@ def panel(photo, truth, mask, caption, class_names, side=256):
     result.paste(legend, (0, row.height))
     return result
 
-OUTPUTS = {  # what `infer` can write: the ending, and how from photo, mask, ground truth, classes
-    "mask": (".png", lambda photo, mask, truth, names: colorize_mask(mask, names)),
-    "overlay": (".jpg", lambda photo, mask, truth, names: overlay(photo, mask)),
-    "cutout": (".png", lambda photo, mask, truth, names: cutout(photo, mask)),
-    "panel": (".jpg", lambda photo, mask, truth, names: panel(photo, truth, mask, "photo", names)),
-}
+OUTPUTS = {"mask": ".png", "overlay": ".jpg", "cutout": ".png", "panel": ".jpg"}  # of `infer`
 
 def output_path(out, name, output):
     """Where `infer` writes one output of an image."""
-    return out / f"{name}_{output}{OUTPUTS[output][0]}"
+    return out / f"{name}_{output}{OUTPUTS[output]}"
 
 def is_own_output(path, out):
     """Whether an image is one that `infer` has written to the folder `out`."""

@@ -286,15 +286,6 @@ def compute_metrics(counts, class_names):
     mean_dice, mean_iou = (x[occurs].mean().nan_to_num().item() for x in (dice, iou))
     return {"mean_dice": mean_dice, "mean_iou": mean_iou, **metrics, "classes": rows}
 
-def score_names(class_names):
-    """The metrics that curves and tables show; the first one selects the best epoch."""
-    return ("dice", "iou") if len(class_names) == 2 else ("mean_iou", "mean_dice")
-
-def image_scores(counts, class_names):
-    """The main metric of each image alone."""
-    metric = score_names(class_names)[0]
-    return torch.tensor([compute_metrics(c[None], class_names)[metric] for c in counts])
-
 # ------------------------------------------------------------------ EMA and learning-rate schedules
 @torch.no_grad()
 def update_ema(ema_model, model, decay, step):
@@ -424,6 +415,30 @@ def make_optimizers(model, config):
     return [Muon([{"params": matrices, "lr_scale": 1}], config["weight_decay"]),
             torch.optim.AdamW([{"params": others, "lr_scale": 0.3}], fused=True, betas=(0.9, 0.99),
                               weight_decay=0.0)]
+
+# ---------------------------------------------------------------------------------- guided filter
+def band_matrix(n, radius):
+    """(n, n): row i averages the pixels up to `radius` away from pixel i."""
+    i = torch.arange(n)
+    inside = ((i[:, None] - i).abs() <= radius).float()
+    return inside / inside.sum(dim=1, keepdim=True)
+
+def box_mean(x, radius):
+    """Means of (C, H, W) over windows of 2 · radius + 1 pixels each way, fewer at the borders."""
+    return band_matrix(x.shape[1], radius) @ x @ band_matrix(x.shape[2], radius).T
+
+def guided_filter(image, p, radius, eps=1e-4):
+    """Guided image filtering (He, Sun, Tang 2010, https://doi.org/10.1007/978-3-642-15549-9_1) of p
+    (1, H, W) by an image (3, H, W): in each window p ≈ a · image + b; returns a and b (4, H, W)."""
+    products = torch.cat((image, p, image * p, (image[:, None] * image).flatten(0, 1)))
+    mean, mean_p, cov_p, cov = box_mean(products, radius).split((3, 1, 3, 9))
+    cov_p = cov_p - mean * mean_p                                    # (3, H, W)
+    cov = cov.unflatten(0, (3, 3)) - mean[:, None] * mean            # (3, 3, H, W)
+    cov = cov + eps * torch.eye(3).view(3, 3, 1, 1)                  # Σ + εU
+    # the inverse of a symmetric 3×3 matrix: cross products of its rows over their determinant
+    inverse = torch.stack([torch.linalg.cross(cov[i - 2], cov[i - 1], dim=0) for i in range(3)])
+    a = (inverse * cov_p[:, None]).sum(dim=0) / (inverse[0] * cov[0]).sum(dim=0)
+    return box_mean(torch.cat((a, mean_p - (a * mean).sum(dim=0, keepdim=True))), radius)
 
 # --------------------------------------------------------------- faster, same numbers; and export
 class TransposedConv(nn.ConvTranspose2d):

@@ -163,6 +163,7 @@ import subprocess
 import time
 import warnings
 import zipfile
+from collections import namedtuple
 from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime, timedelta
 from types import SimpleNamespace
@@ -303,7 +304,7 @@ def train(args):
                 save_model(folder / f"epoch-{run.epoch}.pt", ema_model, config, run.history)
             data.write_csv(folder / "metrics.csv", run.history)
             data.draw_curves(folder / "curves.png", {folder.name: run.history},
-                             layers.score_names(config["class_names"])[0])
+                             score_names(config["class_names"])[0])
             draw_samples(folder / "samples.png", predictor, val_set,
                          torch.linspace(0, len(val_set.names) - 1, 8).int().unique())
         run.epoch, run.step, run.seconds = run.epoch + 1, 0, 0.0
@@ -327,7 +328,7 @@ def evaluate(predictor, split, loss="bce_dice", class_weights=None, batch_size=3
     for start in range(RANK, n, batch_size * WORLD_SIZE):
         shard = slice(start, start + batch_size * WORLD_SIZE, WORLD_SIZE)
         images, labels = data.get_batch(split, torch.arange(n)[shard], device)
-        target, logits = eval_target(config, labels), predictor(images)
+        target, logits = eval_target(config, labels), predictor.logits(images)
         loss_sum += layers.LOSSES[loss](logits, target, class_weights) * len(images)
         mask = layers.probs_to_mask(layers.probabilities(logits), predictor.threshold)
         counts[shard] = layers.count_pixels(mask, target, classes)
@@ -390,9 +391,12 @@ def build_model(config, device="cpu"):
 # (scale, flipped): the flip gains 0.003 to 0.005 of val Dice (14 runs), the scales up to 0.003 (9)
 TTA_VIEWS = ((1, True), (0.75, False), (1.25, True))
 
+# of a photo: probabilities (C, h, w) at the model's size; the class of each pixel (H, W) and their
+# mean probability; the probabilities without islands and holes; the ground truth (H, W) or None
+Segmentation = namedtuple("Segmentation", "photo probs classes confidence clean truth")
+
 class Predictor:
-    """A fused copy of a model, ready for use: images (B, 3, H, W) in 0..1 to logits in fp32; with
-    `tta` those of the mean probabilities over all views."""
+    """A fused copy of a model. A photo is a path, a PIL image, an array, or a Segmentation."""
 
     def __init__(self, model, config, threshold=0.5, tta=True):
         self.config, self.threshold, self.tta = config, threshold, tta
@@ -401,7 +405,8 @@ class Predictor:
         self.model = layers.fuse_conv_bn(model, self.dtype)
 
     @torch.inference_mode()
-    def __call__(self, images):
+    def logits(self, images):
+        """Images (B, 3, H, W) in 0..1 to logits; with `tta` of the mean probabilities of views."""
         x = data.normalize(images)
         logits, size = self.model(x.to(self.dtype)).float(), x.shape[2:]
         if not self.tta:
@@ -416,6 +421,66 @@ class Predictor:
         mean = probs / (1 + len(TTA_VIEWS))
         return mean.logit(eps=1e-6) if mean.shape[1] == 1 else mean.clamp(min=1e-6).log()
 
+    def __call__(self, photo):
+        """Probabilities (H, W) at the photo's size; of more than two classes (C, H, W)."""
+        result = self.segment(photo)
+        probs = [data.resize(p, result.classes.shape) for p in result.probs]
+        return probs[0] if len(probs) == 1 else np.stack(probs)
+
+    def segment(self, photo):
+        """A Segmentation."""
+        if isinstance(photo, Segmentation):
+            return photo
+        photo = data.to_photo(photo)
+        pixels = torch.from_numpy(data.resize(photo, self.config["size"])[None]).to(self.device)
+        probs = layers.probabilities(self.logits(data.to_float_nchw(pixels)))[0].cpu().numpy()
+        classes, confidence = data.upsample_and_argmax(probs, photo.size[::-1], self.threshold)
+        clean = data.without_islands(probs, self.threshold)
+        return Segmentation(photo, probs, classes, confidence, clean, truth=None)
+
+    def mask(self, photo):
+        """The class of each pixel: white on black, or with a palette."""
+        return data.colorize_mask(self.segment(photo).classes, self.config["class_names"])
+
+    def overlay(self, photo):
+        """The photo with its classes tinted and outlined."""
+        result = self.segment(photo)
+        return data.overlay(result.photo, data.upsample_and_argmax(
+            result.clean, result.classes.shape, self.threshold)[0])
+
+    def panel(self, photo):
+        """Photo | ground truth | prediction."""
+        result, names = self.segment(photo), self.config["class_names"]
+        return data.panel(result.photo, result.truth, result.classes, "photo", names)
+
+    def cutout(self, photo):
+        """The foreground, RGBA, with a soft edge, found at 128 pixels: docs/cutouts.md."""
+        result, threshold, names = self.segment(photo), self.threshold, self.config["class_names"]
+        photo, p = result.photo, torch.from_numpy(result.clean[:1])
+        scale = min(1, 128 / max(photo.size))
+        size = tuple(max(1, round(n * scale)) for n in photo.size[::-1])
+        image = torch.from_numpy(data.resize(photo, size)).permute(2, 0, 1) / 255
+        p = F.interpolate(p[None], size, mode="bilinear", antialias=True)[0]
+        p = p if len(result.probs) == 1 else 1 - p
+        if self.config["border"] == "foreground" and names[1:] in (["pet"], ["cat", "dog"]):
+            # the network has learned to keep a trimap's border: go from its rim to its middle
+            p, threshold = -F.max_pool2d(-p, 5, 1, 2), threshold - 0.05
+        coefficients = layers.guided_filter(image, p, radius=3)
+        alpha = data.alpha_from_coefficients(photo, coefficients.numpy(), threshold)
+        small = torch.from_numpy(data.resize(alpha, size))[None] / 255
+        colours = blur_fusion(image, small, radii=(22, 2))
+        return data.cutout(photo, alpha, *(255 * x.permute(1, 2, 0).numpy() for x in colours))
+
+def blur_fusion(image, alpha, radii):
+    """Smooth colours of foreground and background (3, H, W) with I = αF + (1 − α)B (Forte 2021,
+    https://arxiv.org/abs/2006.14970: a wide blur first, then a narrow one)."""
+    f = b = image
+    for radius in radii:
+        sums = layers.box_mean(torch.cat((f * alpha, alpha, b * (1 - alpha), 1 - alpha)), radius)
+        smooth_f, b = sums[:3] / (sums[3] + 1e-5), sums[4:7] / (sums[7] + 1e-5)
+        f = (smooth_f + alpha * (image - alpha * smooth_f - (1 - alpha) * b)).clamp(0, 1)
+    return smooth_f, b
+
 DIVERGED = ("{} in epoch {} of {}; the last good checkpoint is kept; begin a new run with a lower "
             "--lr, --grad-clip 1, or --precision fp32")
 
@@ -425,7 +490,7 @@ def finish_epoch(folder, run, config, lr, val_loss, val_counts):
     if not (n and math.isfinite(val_loss)):
         raise UserError(DIVERGED.format("the loss is not finite", run.epoch, folder))
     names = config["class_names"]
-    metric, other = layers.score_names(names)
+    metric, other = score_names(names)
     train = layers.compute_metrics(run.counts.cpu()[None], names) | {
         "loss": loss / n, "dice": dice / n, "iou": iou / n}
     val = layers.compute_metrics(val_counts, names) | {"loss": val_loss}
@@ -442,16 +507,26 @@ def finish_epoch(folder, run, config, lr, val_loss, val_counts):
         f"{' *' if best else ''}  {run.seconds:.0f} s  {n / run.seconds:.0f} images/s")
     return best
 
+def score_names(class_names):
+    """The metrics that curves and tables show; the first one selects the best epoch."""
+    return ("dice", "iou") if len(class_names) == 2 else ("mean_iou", "mean_dice")
+
+def image_scores(counts, class_names):
+    """The main metric of each image alone."""
+    metric = score_names(class_names)[0]
+    return torch.tensor([layers.compute_metrics(c[None], class_names)[metric] for c in counts])
+
 def draw_samples(path, predictor, split, indices):
     """A grid of photo | ground truth | prediction for some images of a split."""
     config, names = predictor.config, predictor.config["class_names"]
     images, labels = data.get_batch(split, indices, predictor.device)
-    masks = layers.probs_to_mask(layers.probabilities(predictor(images)), predictor.threshold)
+    probs = layers.probabilities(predictor.logits(images))
+    masks = layers.probs_to_mask(probs, predictor.threshold)
     target = eval_target(config, labels)
-    scores = layers.image_scores(layers.count_pixels(masks, target, len(names)), names).tolist()
+    scores = image_scores(layers.count_pixels(masks, target, len(names)), names).tolist()
     data.save_image(data.image_grid([
         data.panel(data.to_image(split.images[i]), truth, mask,
-                   f"{layers.score_names(names)[0]} {score:.3f}  {split.names[i]}", names, side=160)
+                   f"{score_names(names)[0]} {score:.3f}  {split.names[i]}", names, side=160)
         for i, truth, mask, score in zip(indices, target.cpu().numpy(), masks.cpu().numpy(), scores)
     ]), path)
 
@@ -667,7 +742,7 @@ def score_split(args):
                              for breed in np.unique(breed_of).tolist()}
     result = {"split": args.split, "checkpoint": str(args.ckpt), **metrics}
     if RANK == 0:
-        order = layers.image_scores(counts, names).argsort(stable=True)
+        order = image_scores(counts, names).argsort(stable=True)
         draw_samples(out / "worst.png", predictor, split, order[:12])
         data.write_json(out / f"{args.split}.json", result)
     print_result(args, f"{data.format_metrics(args.split, metrics)}\n\nthe worst images: "
@@ -678,23 +753,23 @@ def segment_image(predictor, sample, outputs, out):
     config, names = predictor.config, predictor.config["class_names"]
     labels = data.read_mask(sample.mask, sample.classes) if sample.mask else None
     photo = data.read_image(sample.image, mask_size=None if labels is None else labels.shape)
-    pixels = torch.from_numpy(data.resize(photo, config["size"])[None]).to(predictor.device)
-    probs = layers.probabilities(predictor(data.to_float_nchw(pixels)))[0].cpu().numpy()
-    mask, confidence = data.upsample_and_argmax(probs, photo.size[::-1], predictor.threshold)
-    truth, metrics = None, {}
+    result, metrics = predictor.segment(photo), {}
+    mask = result.classes
     if labels is not None:
         target = eval_target(config, torch.from_numpy(labels)[None])
         counts = layers.count_pixels(torch.from_numpy(mask)[None], target, len(names))
-        truth, metrics = target[0].numpy(), layers.compute_metrics(counts, names)
+        result = result._replace(truth=target[0].numpy())
+        metrics = layers.compute_metrics(counts, names)
     for output in outputs:
-        image = data.OUTPUTS[output][1](photo, mask, truth, names)
+        image = getattr(predictor, output)(result)
         data.save_image(image, data.output_path(out, sample.name, output))
     fractions = (np.bincount(mask.ravel(), minlength=len(names)) / mask.size).tolist()
     left, top, right, bottom = data.to_image(mask > 0).getbbox() or ("",) * 4
     return {"file": data.escape_nonprintable(str(sample.image)), "output": sample.name,
             **{f"fraction of {name}": x for name, x in zip(names, fractions)},
-            "left": left, "top": top, "right": right, "bottom": bottom, "confidence": confidence,
-            **{name: metrics[name] for name in layers.score_names(names) if metrics}}
+            "left": left, "top": top, "right": right, "bottom": bottom,
+            "confidence": result.confidence,
+            **{name: metrics[name] for name in score_names(names) if metrics}}
 
 def infer(args):
     """Segments images of any size: writes what --save names, and a table of all."""
@@ -732,7 +807,7 @@ def infer(args):
 
     result = {"out": str(out), "images": len(names) - len(failed),
               "skipped": len(names) - len(todo), "failed": len(failed)}
-    for name in layers.score_names(predictor.config["class_names"]):
+    for name in score_names(predictor.config["class_names"]):
         scores = [rows[s.name].get(name, "") for s in samples if s.name in rows]
         if scores := [float(score) for score in scores if score != ""]:
             result |= {"scored": len(scores), name: sum(scores) / len(scores)}
@@ -750,7 +825,7 @@ def compare(args):
             raise UserError(f"{folder} is no run with a finished epoch, or of an older version")
         histories[name] = history = [{key: json.loads(value) for key, value in row.items()}
                                      for row in csv.DictReader(table.read_text().splitlines())]
-        metric, model = layers.score_names(config["class_names"])[0], build_model(config, "meta")
+        metric, model = score_names(config["class_names"])[0], build_model(config, "meta")
         best = max(history, key=lambda row: row[f"val_{metric}"])
         rows.append({
             "run": name, "parameters": sum(p.numel() for p in model.parameters()),
@@ -861,7 +936,7 @@ def bench_one(args, variant):
     optimizers, last_epoch, rates = layers.make_optimizers(model, config), config["epochs"], {}
     works = {"matrix": lambda _: matrix @ matrix,
              "train": lambda i: train_step(config, model, optimizers, split, i, last_epoch, 0),
-             "infer": lambda i: predictor(data.get_batch(split, i, device)[0]).cpu()}
+             "infer": lambda i: predictor.logits(data.get_batch(split, i, device)[0]).cpu()}
     for name, work in works.items():
         times, batches = [], torch.randint(len(split.names), (15, config["batch_size"]))
         with FlopCounterMode(display=False) as counter:
