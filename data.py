@@ -17,6 +17,7 @@ import http.client
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import struct
@@ -26,6 +27,7 @@ import tempfile
 import time
 import urllib.request
 import warnings
+import zipfile
 from collections import Counter, deque, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -191,9 +193,10 @@ def labels_to_target(labels, border="foreground", rng=None, classes=2):
     return torch.where(is_border, value, labels)
 
 # ------------------------------------------------------------------------ one image, and its mask
-# what Pillow raises at files that are cut off, damaged, or no images at all
+# what Pillow and torch raise at files that are cut off, damaged, or made to do harm
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, RuntimeError,
-                 MemoryError, struct.error)
+                 MemoryError, struct.error, AttributeError, AssertionError, ArithmeticError,
+                 zipfile.BadZipFile, pickle.UnpicklingError)
 FORMATS = [name for name in ("JPEG", "PNG", "GIF", "TIFF", "BMP", "WEBP", "AVIF", "JPEG2000", "PPM")
            if name in Image.registered_extensions().values()]  # no EPS, which would run a program
 SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}

@@ -156,7 +156,6 @@ import importlib.util
 import json
 import math
 import multiprocessing
-import pickle
 import re
 import signal
 import subprocess
@@ -391,8 +390,7 @@ def build_model(config, device="cpu"):
 # (scale, flipped): the flip gains 0.003 to 0.005 of val Dice (14 runs), the scales up to 0.003 (9)
 TTA_VIEWS = ((1, True), (0.75, False), (1.25, True))
 
-# of a photo: probabilities (C, h, w) at the model's size; the class of each pixel (H, W) and their
-# mean probability; the probabilities without islands and holes; the ground truth (H, W) or None
+# probs (C, h, w) at the model's size, clean: without islands; classes (H, W), truth (H, W) or None
 Segmentation = namedtuple("Segmentation", "photo probs classes confidence clean truth")
 
 class Predictor:
@@ -456,22 +454,21 @@ class Predictor:
     def cutout(self, photo):
         """The foreground, RGBA, with a soft edge, found at 128 pixels: docs/cutouts.md."""
         result, threshold, names = self.segment(photo), self.threshold, self.config["class_names"]
-        photo, p = result.photo, torch.from_numpy(result.clean[:1])
+        photo = result.photo
         scale = min(1, 128 / max(photo.size))
         size = tuple(max(1, round(n * scale)) for n in photo.size[::-1])
         image = torch.from_numpy(data.resize(photo, size)).permute(2, 0, 1) / 255
-        p = F.interpolate(p[None], size, mode="bilinear", antialias=True)[0]
+        p = torch.from_numpy(data.resize(result.clean[0], size))[None]
         p = p if len(result.probs) == 1 else 1 - p
         if self.config["border"] == "foreground" and names[1:] in (["pet"], ["cat", "dog"]):
             # the network has learned to keep a trimap's border: go from its rim to its middle
             p, threshold = -F.max_pool2d(-p, 5, 1, 2), threshold - 0.05
         coefficients = layers.guided_filter(image, p, radius=3)
         alpha = data.alpha_from_coefficients(photo, coefficients.numpy(), threshold)
-        small = torch.from_numpy(data.resize(alpha, size))[None] / 255
-        colours = blur_fusion(image, small, radii=(22, 2))
+        colours = blur_fusion(image, torch.from_numpy(data.resize(alpha, size))[None] / 255)
         return data.cutout(photo, alpha, *(255 * x.permute(1, 2, 0).numpy() for x in colours))
 
-def blur_fusion(image, alpha, radii):
+def blur_fusion(image, alpha, radii=(22, 2)):
     """Smooth colours of foreground and background (3, H, W) with I = αF + (1 − α)B (Forte 2021,
     https://arxiv.org/abs/2006.14970: a wide blur first, then a narrow one)."""
     f = b = image
@@ -544,9 +541,6 @@ def terminate(*_):
 # --------------------------------------------------------------------------- runs and checkpoints
 DEFAULTS = {"model": None} | {name: default for name, (default, *_) in OPTIONS.items()}
 RESUME_OVERRIDES = {"epochs", "threads", "save_every", "checkpoint_minutes", "root", "data"}
-# what zipfile and torch raise at files that are damaged or made to do harm
-LOAD_ERRORS = (*data.DECODE_ERRORS, zipfile.BadZipFile, pickle.UnpicklingError, AttributeError,
-               AssertionError, ArithmeticError)
 
 def open_run(args, device):
     """The folder of a run, its config, and its last.pt, or None where it begins."""
@@ -633,6 +627,7 @@ def load_checkpoint(path, kind="best.pt", device="cpu"):
     path = Path(path) / kind if Path(path).is_dir() else Path(path)
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
+    path.open("rb").close()  # else a lack of permission would pass for damage
     try:
         with zipfile.ZipFile(path) as archive:
             odd = any(part.compress_type or part.external_attr for part in archive.infolist())
@@ -652,9 +647,7 @@ def load_checkpoint(path, kind="best.pt", device="cpu"):
             if not all(value.isfinite().all() for value in weights.values()):
                 raise UserError(f"the weights in {path} are not all finite; take another file")
         return content
-    except PermissionError:
-        raise
-    except LOAD_ERRORS as error:  # torch's own words advise to execute what is in the file
+    except data.DECODE_ERRORS as error:  # torch's own words advise to execute what is in the file
         raise UserError(f"{path} is damaged, or holds no model of petseg") from error
 
 def save_last(folder, run, config, model, ema_model, optimizers):
@@ -751,8 +744,12 @@ def score_split(args):
 def segment_image(predictor, sample, outputs, out):
     """Segments one image, writes its outputs; returns its row of predictions.csv."""
     config, names = predictor.config, predictor.config["class_names"]
-    labels = data.read_mask(sample.mask, sample.classes) if sample.mask else None
-    photo = data.read_image(sample.image, mask_size=None if labels is None else labels.shape)
+    try:
+        labels = data.read_mask(sample.mask, sample.classes) if sample.mask else None
+        photo = data.read_image(sample.image, mask_size=None if labels is None else labels.shape)
+    except UserError as error:  # a damaged ground truth does not stop a photo
+        labels, photo = None, data.read_image(sample.image)
+        log(f"warning: {error}")
     result, metrics = predictor.segment(photo), {}
     mask = result.classes
     if labels is not None:
@@ -778,9 +775,9 @@ def infer(args):
     if unknown := set(outputs) - data.OUTPUTS.keys():
         raise UserError(f"--save knows {', '.join(data.OUTPUTS)}, not {', '.join(unknown)}")
     out, table = Path(args.out), Path(args.out) / "predictions.csv"
-    if args.images:
-        trimaps = "pet" in predictor.config["class_names"]  # what values mean else is not known
-        samples = [data.Sample("", path, trimaps and data.find_ground_truth(path),
+    classes = predictor.config["class_names"]
+    if args.images:  # of trimaps it is known what their values mean for a pet
+        samples = [data.Sample("", path, "pet" in classes and data.find_ground_truth(path),
                                data.TRIMAP_TO_LABEL) for path in data.find_images(args.images)
                    if not data.is_own_output(path, out)]
     else:
@@ -802,16 +799,19 @@ def infer(args):
                 failed.append(str(row))
             else:
                 rows[row["output"]] = row
+                if row["left"] == "":
+                    log(f"no {' or '.join(classes[1:])} found in {row['file']}")
     finally:
         data.write_csv(table, [*rows.values()])
 
     result = {"out": str(out), "images": len(names) - len(failed),
               "skipped": len(names) - len(todo), "failed": len(failed)}
-    for name in score_names(predictor.config["class_names"]):
+    for name in score_names(classes):
         scores = [rows[s.name].get(name, "") for s in samples if s.name in rows]
         if scores := [float(score) for score in scores if score != ""]:
             result |= {"scored": len(scores), name: sum(scores) / len(scores)}
-    print_result(args, data.format_table([result]), result | {"failed": failed})
+    last = data.output_path(out, names[0], outputs[-1]) if len(names) == 1 else table
+    print_result(args, f"{data.format_table([result])}\n{last}", result | {"failed": failed})
     if failed:
         raise UserError(f"{len(failed)} of {len(names)} images could not be read:", *failed[:5])
 

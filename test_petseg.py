@@ -1432,15 +1432,17 @@ def test_infer_takes_images_of_any_kind_and_names_the_broken(trained, pets, tmp_
     damaged[0].mask.write_text("text")
     Image.new("L", (9, 9), 1).save(damaged[1].mask)
     Image.open(damaged[2].mask).point(lambda value: 9).save(damaged[2].mask)
-    photos = [sample.image for sample in (known, *damaged)]  # a damaged trimap is no ground truth
+    photos = [sample.image for sample in (known, *damaged)]  # a damaged trimap stops no photo
     words = ("infer", "--ckpt", trained["unet"], "--json", "--save")
     done = run(*words, "mask,overlay,cutout,panel", "--out", out, *photos, "--", "-dash.bmp", ".",
                code=2, before=partial(os.chdir, folder))
     result, rows = json.loads(done.stdout), read_rows(out / "predictions.csv")
-    assert "petseg: 5 of 15 images " in done.stderr and len(rows) == result["images"] == 10
-    assert all(re.search(f"\n  .*{name}", done.stderr) for name in (
-        *(sample.name for sample in damaged), "cut.jpg: ", r"text\\n.jpg: "))
-    sizes = {known.name: Image.open(known.image).size} | dict.fromkeys(
+    assert "petseg: 2 of 15 images " in done.stderr and len(rows) == result["images"] == 13
+    assert all(re.search(f"\n  .*{name}", done.stderr) for name in ("cut.jpg: ", r"text\\n.jpg: "))
+    assert all(re.search(f"warning: .*{sample.name}", done.stderr) for sample in damaged)
+    assert result["scored"] == 1 and ("no pet found in ./a b.png" in done.stderr) == any(
+        row["output"] == "a b" and row["left"] == "" for row in rows)
+    sizes = {photo.stem: Image.open(photo).size for photo in photos} | dict.fromkeys(
         ("-dash", "-dash-2", "Cat", "a b", "cat-2", r"two\nlines", "x" * 200, "x" * 200 + "-2",
          r"\udcff"), (300, 7))
     outputs = {"mask.png": "L", "overlay.jpg": "RGB", "cutout.png": "RGBA", "panel.jpg": "RGB"}
@@ -1454,7 +1456,11 @@ def test_infer_takes_images_of_any_kind_and_names_the_broken(trained, pets, tmp_
         assert [row[side] for side in ("left", "top", "right", "bottom")] == [
             *map(str, images[0].getbbox() or [""] * 4)]
         assert bool(row["dice"]) == (row["output"] == known.name)
-    run(*words, "mask", "--out", tmp_path / "fewer", known.image)
+    words = words[:-2] + ("--save",)
+    done = run(*words, "mask", "--threshold", 1, "--out", tmp_path / "fewer", known.image)
+    assert f"no pet found in {known.image}" in done.stderr
+    done = run(*words, "mask", "--out", tmp_path / "fewer", known.image)
+    assert done.stdout.splitlines()[-1] == str(tmp_path / f"fewer/{known.name}_mask.png")
     for path in tmp_path.glob("fewer/*_mask.png"):  # a mask does not depend on other images
         assert path.read_bytes() == (out / path.name).read_bytes()
 
