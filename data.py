@@ -248,7 +248,7 @@ def read_image(path, size=None, mask_size=None):
         return image.resize(size[::-1], Image.Resampling.BILINEAR) if size else image
 
 def to_photo(image):
-    """A photo as `read_image` gives it from a path, a PIL image or an array (H, W, 3)."""
+    """An RGB image of a path, which `read_image` reads, a PIL image or an array (H, W, 3)."""
     if isinstance(image, (str, Path)):
         return read_image(image)
     return image.convert("RGB") if isinstance(image, Image.Image) else to_image(image)

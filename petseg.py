@@ -470,7 +470,7 @@ class Predictor:
 
 def blur_fusion(image, alpha, radii=(22, 2)):
     """Smooth colours of foreground and background (3, H, W) with I = αF + (1 − α)B (Forte 2021,
-    https://arxiv.org/abs/2006.14970: a wide blur first, then a narrow one)."""
+    "Approximate Fast Foreground Colour Estimation": a wide blur first, then a narrow one)."""
     f = b = image
     for radius in radii:
         sums = layers.box_mean(torch.cat((f * alpha, alpha, b * (1 - alpha), 1 - alpha)), radius)
