@@ -791,7 +791,7 @@ def colorize_mask(mask, class_names):
 def overlay(photo, mask, class_names):
     """The photo with each class tinted and its contour drawn, dark beside light on any ground."""
     result, blur = photo.copy(), ImageFilter.BoxBlur(max(1, max(photo.size) / 300))
-    for label in np.flatnonzero(np.bincount(mask[mask != IGNORE_INDEX].ravel())[1:]) + 1:
+    for label in [value for _, value in to_image(mask).getcolors() if 0 < value < IGNORE_INDEX]:
         inside = to_image(mask == label)
         contour = inside.filter(blur).point(lambda value: 255 * (6 < value < 249))
         colours = PALETTE[1:9] if len(class_names) == 2 else [PALETTE[label]]
@@ -853,7 +853,7 @@ def alpha_from_coefficients(photo, coefficients):
 def cutout(photo, alpha, foreground):
     """The photo with an alpha channel. The less opaque a pixel is, the more its colour is that of
     the foreground alone, (h, w, 3), enlarged: none of the old background shines through."""
-    result, colours = photo.copy(), to_image(foreground).resize(photo.size)
+    result, colours = photo.copy(), to_image(resize(foreground, photo.size[::-1]))
     result.paste(colours, mask=alpha.point(lambda a: min(255, 510 - 2 * a)))
     result.paste("black", mask=alpha.point(lambda a: 255 * (a == 0)))
     result.putalpha(alpha)
@@ -870,12 +870,12 @@ def read_background(text):
 
 def finish_cutout(image, background=None, crop=False):
     """A cut-out on another image, scaled and cropped to fit; cropped to what it shows."""
-    result, box = image, image.getchannel("A").point(lambda a: 255 * (a > 25)).getbbox()
+    result, box = image, crop and image.getchannel("A").point(lambda a: 255 * (a > 25)).getbbox()
     if background:
         result = ImageOps.fit(background, image.size)
         result.paste(image, mask=image)
         result.info = image.info
-    if crop and box:
+    if box:
         margin = max(box[2] - box[0], box[3] - box[1]) // 20
         box = np.add(box, [-margin, -margin, margin, margin]).clip(0, image.size * 2)
         result = result.crop(box.tolist())

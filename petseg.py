@@ -839,7 +839,7 @@ def infer(args):
     for name in score_names(classes):
         if scores := [float(row[name]) for row in rows.values() if row.get(name, "") != ""]:
             result |= {"scored": len(scores), name: sum(scores) / len(scores)}
-    last = data.output_path(out, names[0], outputs[-1]) if len(names) == 1 else table
+    last = table if names[1:] or failed else data.output_path(out, names[0], outputs[-1])
     if str(out) != "-":
         print_result(args, f"{data.format_table([result])}\n{last}",
                      result | {"failed": [*failed.values()]})

@@ -1036,8 +1036,8 @@ def assert_same_run(*folders):
 def trained(root):
     """The folders of three runs, to be read only: of each model, and of one that is halfway."""
     words = ("--root", root, *TINY, *SHORT, "--epochs")
-    return {name: Path(answer("train", kind, *words, n, "--out", f"{root}/{n}")["checkpoint"]).parent
-            for name, kind, n in (("unet", "unet", 2), ("halfway", "unet", 1),
+    return {name: Path(answer("train", net, *words, n, "--out", f"{root}/{n}")["checkpoint"]).parent
+            for name, net, n in (("unet", "unet", 2), ("halfway", "unet", 1),
                                         ("resnet34_unet", "resnet34_unet", 2))}
 
 @pytest.fixture
