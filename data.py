@@ -797,7 +797,7 @@ def overlay(photo, mask, class_names):
         colours = PALETTE[1:9] if len(class_names) == 2 else [PALETTE[label]]
         own = np.array(ImageStat.Stat(photo, inside).mean)
         tint = max(colours, key=lambda colour: np.linalg.norm(colour - own))  # stands out most
-        result.paste(tint, mask=inside.point(lambda value: value * 0.35))
+        result.paste(tint, mask=inside.point(lambda value: value * 0.5))
         result.paste(inside.convert("RGB"), mask=contour)
     return result
 

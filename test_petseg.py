@@ -927,11 +927,12 @@ def test_mask_overlay_and_panel():
     assert np.array_equal(data.colorize_mask(mask, TWO), mask * 255)
     for fur in ((90, 90, 90), (213, 94, 0), (255, 255, 255), (20, 20, 20)):  # the second is ginger
         photo.paste(fur, (30, 20, 90, 70))
-        tint = np.abs(np.int16(data.overlay(photo, mask, TWO)) - photo).max(axis=2)
+        result = np.int16(data.overlay(photo, mask, TWO))
+        tint = np.abs(result - photo).max(axis=2)
         assert tint[:12].max() < 9 and tint[45, 60] > 40
-        assert tint[18:22, 60].max() > tint[45, 60]  # the contour
+        assert {0, 255} <= {*result[17:23, 60, 0].tolist()}  # the contour, dark beside light
     tint = np.asarray(data.overlay(photo, mask, [*TWO, "third"]))[45, 60]
-    assert np.allclose(tint, 20 + 0.35 * (np.array(data.PALETTE[1]) - 20), atol=2)
+    assert np.allclose(tint, 20 + 0.5 * (np.array(data.PALETTE[1]) - 20), atol=2)
     one, many = (data.panel(photo, mask, mask * (len(names) - 1), "caption", names)
                  for names in (TWO, ["ground", "one", "two"]))
     assert many.width == one.width and many.height > one.height  # the legend
