@@ -927,8 +927,7 @@ def test_mask_overlay_and_panel():
     assert np.array_equal(data.colorize_mask(mask, TWO), mask * 255)
     for fur in ((90, 90, 90), (213, 94, 0), (255, 255, 255), (20, 20, 20)):  # the second is ginger
         photo.paste(fur, (30, 20, 90, 70))
-        result = np.int16(data.overlay(photo, mask, TWO))
-        tint = np.abs(result - photo).max(axis=2)
+        tint = np.abs((result := np.int16(data.overlay(photo, mask, TWO))) - photo).max(axis=2)
         assert tint[:12].max() < 9 and tint[45, 60] > 40
         assert {0, 255} <= {*result[17:23, 60, 0].tolist()}  # the contour, dark beside light
     tint = np.asarray(data.overlay(photo, mask, [*TWO, "third"]))[45, 60]
