@@ -754,7 +754,7 @@ def segment_images(predictor, samples, outputs, out, background, crop):
     names, rows, read = predictor.config["class_names"], {}, {}
     for sample in samples:
         try:
-            read[sample.name] = *read_sample(sample), str(sample.image)
+            read[sample.name] = *read_sample(sample), data.escape_nonprintable(str(sample.image))
         except data.ImageError as error:
             rows[sample.name] = error
     results = predictor.segment_batch([photo for photo, *_ in read.values()]) if read else ()
@@ -775,7 +775,7 @@ def segment_images(predictor, samples, outputs, out, background, crop):
         box = data.to_image(mask > 0).getbbox() or ("",) * 4
         if not mask.any():
             log(f"no {' or '.join(names[1:])} found in {path}")
-        rows[name] = {"file": data.escape_nonprintable(path), "output": name,
+        rows[name] = {"file": path, "output": name,
                       **{f"fraction of {name}": x for name, x in zip(names, fractions)},
                       **dict(zip(("left", "top", "right", "bottom"), box)),
                       "confidence": float(probs.max(axis=0).mean()),
@@ -789,13 +789,13 @@ def infer_outputs(args, out):
     outputs = (args.save or usual).split(",")
     if unknown := set(outputs) - data.OUTPUTS.keys():
         raise UserError(f"--save knows {', '.join(data.OUTPUTS)}, not {', '.join(unknown)}")
-    if file and (len(args.images) != 1 or len(outputs) != 1 or str(out) == "-" and args.json):
+    one_image = [Path(image).is_dir() for image in args.images] == [False]
+    if file and (not one_image or len(outputs) != 1 or str(out) == "-" and args.json):
         raise UserError(f"{out} takes one output of one image, and stdout nothing else; as in "
                         f"{PROGRAM} infer cat.jpg --out cat.png --save cutout")
     opaque = args.background if outputs == ["cutout"] else outputs != ["mask"]
-    if file and out.suffix not in ("", ".png", ".webp", *[".jpg", ".jpeg"] * bool(opaque)):
-        raise UserError(f"{out} must end in .png or .webp; in .jpg only without transparency: add "
-                        "--background white")
+    if file and out.suffix.lower() not in ("", ".png", ".webp", *[".jpg", ".jpeg"] * bool(opaque)):
+        raise UserError(f"{out} must end in .png, .webp, or with --background white in .jpg")
     return outputs
 
 def infer(args):

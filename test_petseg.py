@@ -1687,8 +1687,8 @@ def test_no_bit_of_a_checkpoint_flips_unseen(trained, tmp_path):
     ("export --ckpt {folder}/nowhere.pt", "out must end in .pt2"),
     ("infer --save cutout --out {folder}/cat.jpg {folder}/own/images/0.png", "--background white"),
     ("infer --save mask --background white --out {folder}/cat.jpg {folder}/a.png", "end in .png"),
-    ("infer --out {folder}/cat.png {folder}/a.png {folder}/b.png", "one output of one image.*infer"),
-    ("infer --save mask,overlay --out {folder}/cat.png {folder}/a.png", "one output of one image"),
+    ("infer --out {folder}/cat.PNG {folder}/own", "one output of one image.*infer cat.jpg --out"),
+    ("infer --save mask,overlay --out {folder}/a.png {folder}/b.png", "one output of one image"),
     ("infer --background reddish {folder}/own", "reddish is no file, no colour")])
 def test_what_a_user_gets_wrong(words, expected, trained, root, tmp_path):
     make_own_data(tmp_path / "own", "R G B", 3)
