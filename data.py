@@ -993,7 +993,7 @@ def texture(rng, size, width, height):
 
 def pet_shapes(rng, cat):
     """Trunk, tail, legs, head, ears (pointed: a cat) of about unit size, as polygons around 0."""
-    head, tail = (complex(*rng.normal(place, 0.1)) for place in ((0.4, -0.35), (-0.8, -0.3)))
+    head, tail = (complex(*rng.normal(place, 0.06)) for place in ((0.42, -0.3), (-0.8, -0.3)))
     legs = [ellipse(x + 0j, x + complex(rng.normal(0, 0.1), 0.55), 0.07)
             for x in (-0.4, 0.4, -0.3, 0.3)]
     ear = ellipse(0.05-0.1j, 0.2-0.42j, 0.12, 3) if cat else ellipse(0.22-0.15j, 0.3+0.2j, 0.08)
