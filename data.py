@@ -248,11 +248,9 @@ def to_photo(image):
     image = image if isinstance(image, Image.Image) else to_image(image)
     profile = image.info.get("icc_profile", b"") * (image.mode[:3] == "RGB")
     alpha = image.info.get("alpha")  # of an image that was here before
-    if image.mode.startswith(("I", "F")):  # over 8 bits: white is the next 2ᵏ − 1
+    if image.mode.startswith(("I", "F")):  # over 8 bits
         values = np.nan_to_num(np.array(image, dtype=np.float32), posinf=0, neginf=0).clip(0)
-        white = values.max(initial=1)
-        white = white if image.mode == "F" else max(255, 2 ** int(white).bit_length() - 1)
-        image = to_image((values * (255 / white)).astype(np.uint8))
+        image = to_image((values * (255 / white_level(image))).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
@@ -260,6 +258,11 @@ def to_photo(image):
     image = image.convert("RGB")
     image.info = {"icc_profile": profile, "alpha": alpha}
     return image
+
+def white_level(image):
+    """White of over 8 bits: the next 2ᵏ − 1, as 12 bits are stored in 16; of floats the largest."""
+    largest = np.max(image, where=np.isfinite(image), initial=1)
+    return largest if image.mode == "F" else max(255, 2 ** int(largest).bit_length() - 1)
 
 def read_mask(path, classes):
     """A mask file as labels (H, W) of its own size; `classes` as in Sample."""
@@ -364,8 +367,7 @@ Dataset = namedtuple("Dataset", "folder layout class_names splits random_split")
 # "test": names} where we drew it, {} where the folder says
 
 def scan_dataset(folder, classes=None, random_split=None):
-    """Understands a folder by what lies in it; `random_split` is that of an earlier scan. For a new
-    layout write a function like `scan_pets`."""
+    """Understands a folder by what lies in it. A new layout is a function like `scan_pets`."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; name one with --data")
@@ -546,8 +548,7 @@ def verify(dataset):
         labels, notes = read_pair(sample, (32, 32))[1], []
         with open_image(sample.image) as image:
             if image.mode.startswith("I"):
-                bits = int(np.max(image)).bit_length()
-                notes.append(f"images of over 8 bits, white at {2 ** max(8, bits) - 1}")
+                notes.append(f"images of over 8 bits, white at {white_level(image)}")
             elif ";16" in str(image.tile):  # Pillow knows no colours of 16 bits
                 notes.append("16-bit colour images, of which the upper 8 bits are read")
         if sample.classes is None and soft_fraction(read_mask_values(sample.mask)):
@@ -802,8 +803,7 @@ def overlay(photo, mask, class_names):
     return result
 
 def remove_islands(mask):
-    """A bool mask (H, W) without 4-connected regions under 5% of the largest, and without holes
-    under 1% of it. A region's label is the lowest number of its runs of pixels in a row."""
+    """A bool mask (H, W) without regions under 5% of the largest and without holes under 1% of it."""
     def find_runs(mask):  # where they start and end, as y · (W + 1) + x
         return np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2).T
 
