@@ -448,17 +448,17 @@ class Predictor:
     def cutout(self, photo, background=None, crop=False):
         """The foreground with a soft edge, as docs/cutouts.md says: RGBA, or with a `background`
         (an image, or "blur") RGB."""
-        result, threshold, names = self.segment(photo), self.threshold, self.config["class_names"]
-        photo = result.photo
-        scale = min(1, 128 / max(photo.size))
+        photo, probs, _, clean = self.segment(photo)
+        threshold, names = self.threshold, self.config["class_names"]
+        scale = min(1, 96 / max(photo.size))
         size = tuple(max(1, round(n * scale)) for n in photo.size[::-1])
         image = torch.from_numpy(data.resize(photo, size)).permute(2, 0, 1) / 255
-        p = torch.from_numpy(data.resize(result.clean[0], size))[None]
-        p = p if len(result.probs) == 1 else 1 - p
+        p = torch.from_numpy(data.resize(clean[0], size))[None]
+        p = p if len(probs) == 1 else 1 - p
         if self.config["border"] == "foreground" and names[1:] in (["pet"], ["cat", "dog"]):
             # the network has learned to keep a trimap's border: go from its rim to its middle
-            p, threshold = -F.max_pool2d(-p, 5, 1, 2), threshold - 0.05
-        a, b = layers.guided_filter(image, p, radius=3).split((3, 1))
+            p, threshold = -F.max_pool2d(-p, 5, 1, 2), 0.65 * threshold
+        a, b = layers.guided_filter(image, p, radius=2).split((3, 1))
         # alpha = 4 (a · colour + b − threshold) + ½ for colours and alpha from 0 to 255
         coefficients = torch.cat((4 * a, 255 * (4 * (b - threshold) + 0.5)))
         alpha = data.alpha_from_coefficients(photo, coefficients.numpy())
@@ -467,7 +467,7 @@ class Predictor:
         background = data.to_image(b) if background == "blur" else background
         return data.finish_cutout(data.cutout(photo, alpha, f), background, crop)
 
-def blur_fusion(image, alpha, radii=(22, 2)):
+def blur_fusion(image, alpha, radii=(16, 2)):
     """Smooth colours of foreground and background (3, H, W) with I = αF + (1 − α)B (Forte 2021,
     "Approximate Fast Foreground Colour Estimation": a wide blur first, then a narrow one)."""
     f = b = image
