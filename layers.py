@@ -251,39 +251,39 @@ def probs_to_mask(probs, threshold=0.5):
         return (probs[:, 0] >= threshold).byte()
     return probs.argmax(dim=1).byte()
 
-def count_pixels(mask, target, classes):
-    """True positives, predicted and true pixels of each image and class: (B, classes, 3)."""
-    valid, counts = target != IGNORE_INDEX, []
-    for label in range(classes):
-        predicted, true = (mask == label) & valid, target == label
-        counts += [pixels.sum(dim=(1, 2)) for pixels in (predicted & true, predicted, true)]
-    return torch.stack(counts, dim=1).view(-1, classes, 3)
+def confusion_matrix(mask, target, classes):
+    """The pixels of each true class (a row) that are predicted as each class (a column), for each
+    image: (B, C, C)."""
+    image = torch.arange(len(mask), device=mask.device).view(-1, 1, 1)
+    cell = (image * classes + target) * classes + mask               # (B, H, W)
+    counts = cell[target != IGNORE_INDEX].bincount(minlength=len(mask) * classes**2)
+    return counts.view(-1, classes, classes)
 
-def dice_and_iou(counts):
+def dice_and_iou(confusion):
     """Dice 2 tp / (predicted + true) and IoU tp / (predicted + true − tp); 1 if both are empty."""
-    tp, predicted, true = counts.unbind(dim=-1)
+    tp = confusion.diagonal(dim1=-2, dim2=-1)
+    predicted, true = confusion.sum(dim=-2), confusion.sum(dim=-1)
     empty = predicted + true == 0
     return ((2 * tp + empty) / (predicted + true + empty),
             (tp + empty) / (predicted + true - tp + empty))
 
-def compute_metrics(counts, class_names):
-    """All metrics of a split, from the counts of each image (N, C, 3). Of two classes, `dice` and
+def compute_metrics(confusion, class_names):
+    """All metrics of a split, from the matrix of each image (N, C, C). Of two classes, `dice` and
     `iou` are means over images; of more, means are over the classes that occur."""
-    total = counts.sum(dim=0).double()                               # (C, 3)
-    fraction = total / total[:, 2].sum().clamp(min=1)
+    total = confusion.sum(dim=0).double()                            # (C, C)
+    predicted, true, pixels = total.sum(dim=0), total.sum(dim=1), total.sum().clamp(min=1)
     dice, iou = dice_and_iou(total)
-    metrics = {"accuracy": fraction[:, 0].sum().item(), "images": len(counts)}
+    metrics = {"accuracy": (total.trace() / pixels).item(), "images": len(confusion)}
     if len(class_names) == 2:
-        image_dice, image_iou = dice_and_iou(counts[:, 1].double())
-        tp, predicted, true = total[1].tolist()
-        return {"dice": image_dice.mean().item(), "iou": image_iou.mean().item(),
+        image_dice, image_iou = (x[:, 1].mean().item() for x in dice_and_iou(confusion.double()))
+        return {"dice": image_dice, "iou": image_iou,
                 "dataset_dice": dice[1].item(), "dataset_iou": iou[1].item(),
-                "precision": tp / predicted if predicted else None,
-                "recall": tp / true if true else None, **metrics}
-    occurs = total[:, 1:].any(dim=1)
+                "precision": (total[1, 1] / predicted[1]).item() if predicted[1] else None,
+                "recall": (total[1, 1] / true[1]).item() if true[1] else None, **metrics}
+    seen = predicted + true > 0
     rows = [{"class": name, "dice": dice[i].item(), "iou": iou[i].item(),
-             "fraction": fraction[i, 2].item()} for i, name in enumerate(class_names) if occurs[i]]
-    mean_dice, mean_iou = (x[occurs].mean().nan_to_num().item() for x in (dice, iou))
+             "fraction": (true[i] / pixels).item()} for i, name in enumerate(class_names) if seen[i]]
+    mean_dice, mean_iou = (x[seen].mean().nan_to_num().item() for x in (dice, iou))
     return {"mean_dice": mean_dice, "mean_iou": mean_iou, **metrics, "classes": rows}
 
 # ------------------------------------------------------------------ EMA and learning-rate schedules
@@ -352,21 +352,21 @@ SCHEDULES = {"cosine": cosine, "constant": constant, "plateau": plateau,
              "exponential": exponential, "inverse_sqrt": inverse_sqrt}
 
 # ------------------------------------------------------------------------------------- optimizers
-def newton_schulz(matrices, steps=4):
-    """Orthogonalizes (N, rows, columns): singular values go to about 1 (0.7 to 1.2), singular
-    vectors stay. Each step is X ← (a I + b G + c G²) X with the Gram matrix G = X Xᵀ."""
+def newton_schulz(matrices, steps=4, dtype=torch.float32):
+    """Orthogonalizes matrices that have one shorter side: singular values go to about 1 (0.7 to
+    1.2), singular vectors stay. A step is X ← (a I + b G + c G²) X with the Gram matrix G = X Xᵀ."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    tall = matrices.shape[1] > matrices.shape[2]
-    x = matrices.mT if tall else matrices  # G is then the smaller of the two possible products
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    identity = torch.eye(x.shape[1], device=x.device)
-    gram, product = x @ x.mT, identity
+    wide = [x.mT if x.shape[0] > x.shape[1] else x for x in matrices]  # G has the shorter side
+    wide = [(x / (x.norm() + 1e-7)).to(dtype) for x in wide]
+    gram = torch.stack([x @ x.mT for x in wide])                     # (N, side, side)
+    identity = torch.eye(gram.shape[1], dtype=dtype, device=gram.device)
+    product = identity.expand_as(gram)
     # on G alone, as P X has the Gram matrix P G P: half the time (3 steps take as long as 4)
     for _ in range(steps):
         poly = a * identity + b * gram + c * gram @ gram
         gram, product = poly @ gram @ poly, poly @ product
-    x = product @ x
-    return x.mT if tall else x
+    wide = [p @ x for p, x in zip(product, wide)]
+    return [x.mT if m.shape[0] > m.shape[1] else x for x, m in zip(wide, matrices)]
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized by Newton–Schulz (K. Jordan and others, 2024,
@@ -374,9 +374,10 @@ class Muon(torch.optim.Optimizer):
     as in frequent ones. A convolution is taken as a matrix (out_channels, kernel area ·
     in_channels). UNet after three epochs: val Dice 0.873, with AdamW 0.847 (two seeds)."""
 
-    def __init__(self, params, weight_decay=0.0, momentum=0.95):
+    def __init__(self, params, weight_decay=0.0, momentum=0.95, dtype=torch.float32):
         super().__init__(params, {"lr": 0.0, "weight_decay": weight_decay, "momentum": momentum,
                                   "odd": 0})
+        self.dtype = dtype  # of Newton–Schulz; bfloat16: 5 to 8% less time for a step of ResNet34UNet
 
     @torch.no_grad()
     def step(self):
@@ -384,7 +385,7 @@ class Muon(torch.optim.Optimizer):
         # even and odd parameters take turns, with twice the learning rate: a step of ResNet34UNet
         # takes 7% less time (13% with bfloat16), of UNet 2%; the same val Dice (UNet −0.002)
         group["odd"] = 1 - group["odd"]
-        by_shape = {}  # matrices of one shape are orthogonalized together
+        by_side = {}  # matrices with one shorter side are orthogonalized together
         for i, p in enumerate(group["params"]):
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -392,14 +393,12 @@ class Muon(torch.optim.Optimizer):
             if i % 2 == group["odd"]:
                 update = p.grad.add(buffer, alpha=group["momentum"])  # Nesterov
                 matrix = update.permute(0, 2, 3, 1).flatten(1)  # in the order of channels-last
-                by_shape.setdefault(matrix.shape, []).append((p, matrix))
-        for (rows, columns), pairs in by_shape.items():
-            params, matrices = zip(*pairs)
-            lr = 2 * group["lr"]
-            scale = lr * math.sqrt(max(1, rows / columns))
-            for p, update in zip(params, newton_schulz(torch.stack(matrices))):
+                by_side.setdefault(min(matrix.shape), []).append((p, matrix))
+        for params, matrices in (zip(*pairs) for pairs in by_side.values()):
+            for p, update in zip(params, newton_schulz(matrices, dtype=self.dtype)):
+                lr, ratio = 2 * group["lr"], update.shape[0] / update.shape[1]
                 weight = p.mul_(1 - lr * group["weight_decay"]).permute(0, 2, 3, 1)
-                weight.sub_(update.view_as(weight), alpha=scale)
+                weight.sub_(update.reshape(weight.shape), alpha=lr * math.sqrt(max(1, ratio)))
 
 def make_optimizers(model, config):
     """The optimizers of a model; a group's learning rate is the schedule's times its `lr_scale`."""
@@ -412,7 +411,8 @@ def make_optimizers(model, config):
     body = [*model.encoder.parameters(), *model.decoder.parameters()]
     matrices = [p for p in body if p.dim() == 4]
     others = [p for p in body if p.dim() != 4] + [*model.head.parameters()]
-    return [Muon([{"params": matrices, "lr_scale": 1}], config["weight_decay"]),
+    dtype = torch.bfloat16 if config["precision"] == "bf16" else torch.float32
+    return [Muon([{"params": matrices, "lr_scale": 1}], config["weight_decay"], dtype=dtype),
             torch.optim.AdamW([{"params": others, "lr_scale": 0.3}], fused=True, betas=(0.9, 0.99),
                               weight_decay=0.0)]
 

@@ -179,12 +179,12 @@ RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 # ----------------------------------------------------------------------------------------- train
 def train_step(config, model, optimizers, train_set, indices, epoch, step, class_weights=None):
     """One optimizer step on the images `indices`, a micro-batch at a time; it is skipped where its
-    gradients are not finite. Returns the sums of (loss, images, Dice, IoU) and the pixel counts
-    (C, 3). Every random draw depends on (seed, epoch, step, rank) alone."""
+    gradients are not finite. Returns the sums of (loss, images, Dice, IoU) and the confusion
+    matrix. Every random draw depends on (seed, epoch, step, rank) alone."""
     device, classes = next(model.parameters()).device, len(config["class_names"])
     size, seed = layers.train_image_size(config, epoch), config["seed"]
     sums = torch.zeros(4, device=device)
-    counts = torch.zeros(classes, 3, dtype=torch.long, device=device)
+    confusion = torch.zeros(classes, classes, dtype=torch.long, device=device)
     torch.manual_seed(data.seeded_generator("dropout", seed, epoch, step, RANK).initial_seed())
     for micro_step, batch in enumerate(indices.split(config["batch_size"])):
         batch = batch[RANK::WORLD_SIZE]  # each rank takes its share
@@ -204,11 +204,10 @@ def train_step(config, model, optimizers, train_set, indices, epoch, step, class
         (loss * len(batch) / len(indices)).backward()
 
         mask = layers.probs_to_mask(layers.probabilities(logits.detach()))
-        image_counts = layers.count_pixels(mask, target, classes)
-        dice, iou = layers.dice_and_iou(image_counts[:, 1])
-        sums += torch.stack((loss.detach() * len(batch), sums.new_tensor(len(batch)),
-                             dice.sum(), iou.sum()))
-        counts += image_counts.sum(dim=0)
+        matrices = layers.confusion_matrix(mask, target, classes)
+        dice, iou = (each[:, 1].sum() for each in layers.dice_and_iou(matrices))
+        sums += torch.stack((loss.detach() * len(batch), sums.new_tensor(len(batch)), dice, iou))
+        confusion += matrices.sum(dim=0)
     if WORLD_SIZE > 1:
         all_reduce_model(model)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config["grad_clip"] or math.inf)
@@ -216,7 +215,7 @@ def train_step(config, model, optimizers, train_set, indices, epoch, step, class
         if norm.isfinite():
             optimizer.step()
         optimizer.zero_grad()
-    return all_reduce(torch.where(norm.isfinite(), sums, 0)), all_reduce(counts)
+    return all_reduce(torch.where(norm.isfinite(), sums, 0)), all_reduce(confusion)
 
 def train(args):
     """Trains a model from scratch, or goes on with a run; then scores the test split."""
@@ -241,14 +240,15 @@ def train(args):
     optimizers = layers.make_optimizers(model, config)
 
     # where the run stands
+    classes = len(config["class_names"])
     run = SimpleNamespace(epoch=1, step=0, seconds=0.0, history=[], val_scores=[],
                           train_images=train_set.names, sums=torch.zeros(4),
-                          counts=torch.zeros(len(config["class_names"]), 3, dtype=torch.long))
+                          confusion=torch.zeros(classes, classes, dtype=torch.long))
     if RANK == 0 and data.take_lock(folder, wait=False) is None:
         raise UserError(f"another process is training in {folder}; stop it, or wait for its end")
     if last:
         restore(run, model, ema_model, optimizers, last, folder)
-    run.sums, run.counts = run.sums.to(device), run.counts.to(device)
+    run.sums, run.confusion = run.sums.to(device), run.confusion.to(device)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     checkpoint = folder, run, config, model, ema_model, optimizers
     log_start(folder, config, last, device)
@@ -280,10 +280,10 @@ def train(args):
             lr = layers.SCHEDULES[config["schedule"]](config, done, run.val_scores)
             for group in groups:
                 group["lr"] = lr * group["lr_scale"]
-            sums, counts = train_step(config, train_model, optimizers, train_set, steps[step],
-                                      run.epoch, step, class_weights)
+            sums, confusion = train_step(config, train_model, optimizers, train_set,
+                                         steps[step], run.epoch, step, class_weights)
             run.sums += sums
-            run.counts += counts
+            run.confusion += confusion
             if config["ema"]:
                 layers.update_ema(ema_model, model, config["ema"],
                                   (run.epoch - 1) * len(steps) + step)
@@ -304,7 +304,7 @@ def train(args):
             draw_samples(folder / "samples.png", predictor, val_set,
                          torch.linspace(0, len(val_set.names) - 1, 8).int().unique())
         run.epoch, run.step, run.seconds = run.epoch + 1, 0, 0.0
-        run.sums, run.counts = run.sums * 0, run.counts * 0
+        run.sums, run.confusion = run.sums * 0, run.confusion * 0
         saved = save_last(*checkpoint)
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -317,18 +317,18 @@ def train(args):
     score_split(args)
 
 def evaluate(predictor, split, loss="bce_dice", class_weights=None, batch_size=32):
-    """Predicts every image of a split: (mean loss, pixel counts of each image (N, C, 3))."""
+    """Predicts every image of a split: (mean loss, confusion matrix of each image)."""
     n, config, device = len(split.names), predictor.config, predictor.device
     classes, loss_sum = len(config["class_names"]), torch.zeros((), device=device)
-    counts = torch.zeros(n, classes, 3, dtype=torch.long, device=device)
+    confusion = torch.zeros(n, classes, classes, dtype=torch.long, device=device)
     for start in range(RANK, n, batch_size * WORLD_SIZE):
         shard = slice(start, start + batch_size * WORLD_SIZE, WORLD_SIZE)
         images, labels = data.get_batch(split, torch.arange(n)[shard], device)
         target, logits = eval_target(config, labels), predictor.logits(images)
         loss_sum += layers.LOSSES[loss](logits, target, class_weights) * len(images)
         mask = layers.probs_to_mask(layers.probabilities(logits), predictor.threshold)
-        counts[shard] = layers.count_pixels(mask, target, classes)
-    return float(all_reduce(loss_sum)) / n, all_reduce(counts).cpu()
+        confusion[shard] = layers.confusion_matrix(mask, target, classes)
+    return float(all_reduce(loss_sum)) / n, all_reduce(confusion).cpu()
 
 def eval_target(config, labels):
     """Labels to the target of scores: a border counts as the class it borders, or as its own."""
@@ -480,16 +480,16 @@ def blur_fusion(image, alpha, radii=(16, 2)):
 
 DIVERGED = "{} in epoch {} of {}; begin anew with a lower --lr, --grad-clip 1, or --precision fp32"
 
-def finish_epoch(folder, run, config, lr, val_loss, val_counts):
+def finish_epoch(folder, run, config, lr, val_loss, val_confusion):
     """Adds the row of an epoch to the history and logs it; returns whether it is the best yet."""
     loss, n, dice, iou = run.sums.tolist()
     if not (n and math.isfinite(val_loss)):
         raise UserError(DIVERGED.format("the loss is not finite", run.epoch, folder))
     names = config["class_names"]
     metric, other = score_names(names)
-    train = layers.compute_metrics(run.counts.cpu()[None], names) | {
+    train = layers.compute_metrics(run.confusion.cpu()[None], names) | {
         "loss": loss / n, "dice": dice / n, "iou": iou / n}
-    val = layers.compute_metrics(val_counts, names) | {"loss": val_loss}
+    val = layers.compute_metrics(val_confusion, names) | {"loss": val_loss}
     height, width = layers.train_image_size(config, run.epoch)
     run.history.append({
         "epoch": run.epoch, "image_height": height, "image_width": width,
@@ -507,10 +507,10 @@ def score_names(class_names):
     """The metrics that curves and tables show; the first one selects the best epoch."""
     return ("dice", "iou") if len(class_names) == 2 else ("mean_iou", "mean_dice")
 
-def image_scores(counts, class_names):
+def image_scores(confusion, class_names):
     """The main metric of each image alone."""
     metric = score_names(class_names)[0]
-    return torch.tensor([layers.compute_metrics(c[None], class_names)[metric] for c in counts])
+    return torch.tensor([layers.compute_metrics(c[None], class_names)[metric] for c in confusion])
 
 def draw_samples(path, predictor, split, indices):
     """A grid of photo | ground truth | prediction for some images of a split."""
@@ -519,7 +519,7 @@ def draw_samples(path, predictor, split, indices):
     probs = layers.probabilities(predictor.logits(images))
     masks = layers.probs_to_mask(probs, predictor.threshold)
     target = eval_target(config, labels)
-    scores = image_scores(layers.count_pixels(masks, target, len(names)), names).tolist()
+    scores = image_scores(layers.confusion_matrix(masks, target, len(names)), names).tolist()
     data.save_image(data.image_grid([
         data.panel(data.to_image(split.images[i]), truth, mask,
                    f"{score_names(names)[0]} {score:.3f}  {split.names[i]}", names, side=160)
@@ -725,15 +725,15 @@ def score_split(args):
         config, names = predictor.config, predictor.config["class_names"]
         dataset, out = eval_dataset(args, config), Path(args.out)
         split = data.open_split(dataset, args.split, config["size"], config["root"])
-    _, counts = evaluate(predictor, split)
-    metrics = layers.compute_metrics(counts, names)
+    _, confusion = evaluate(predictor, split)
+    metrics = layers.compute_metrics(confusion, names)
     if names == ["background", "pet"]:
         breed_of = np.array([name.rpartition("_")[0] for name in split.names])
-        metrics["breeds"] = {breed: layers.compute_metrics(counts[breed_of == breed], names)
+        metrics["breeds"] = {breed: layers.compute_metrics(confusion[breed_of == breed], names)
                              for breed in np.unique(breed_of).tolist()}
     result = {"split": args.split, "checkpoint": str(args.ckpt), **metrics}
     if RANK == 0:
-        order = image_scores(counts, names).argsort(stable=True)
+        order = image_scores(confusion, names).argsort(stable=True)
         draw_samples(out / "worst.png", predictor, split, order[:12])
         data.write_json(out / f"{args.split}.json", result)
     print_result(args, f"{data.format_metrics(args.split, metrics)}\n\n{out}/worst.png", result)
@@ -762,8 +762,8 @@ def segment_images(predictor, samples, outputs, out, background, crop):
         mask, truth, metrics = result.classes, None, {}
         if labels is not None:
             target = eval_target(predictor.config, torch.from_numpy(labels)[None])
-            counts = layers.count_pixels(torch.from_numpy(mask)[None], target, len(names))
-            truth, metrics = target[0].numpy(), layers.compute_metrics(counts, names)
+            confusion = layers.confusion_matrix(torch.from_numpy(mask)[None], target, len(names))
+            truth, metrics = target[0].numpy(), layers.compute_metrics(confusion, names)
         images = {"mask": lambda: predictor.mask(result),
                   "overlay": lambda: predictor.overlay(result),
                   "cutout": lambda: predictor.cutout(result, background, crop),

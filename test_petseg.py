@@ -295,7 +295,7 @@ def test_networks_overfit_eight_images(model, toys, tmp_path):
         layers.bce_dice_loss(network(images), target).backward()
         optimizer.step()
     mask = network.eval()(images)[:, 0] > 0
-    assert layers.compute_metrics(layers.count_pixels(mask, target, 2), TWO)["dice"] > 0.95
+    assert layers.compute_metrics(layers.confusion_matrix(mask, target, 2), TWO)["dice"] > 0.95
 
 def slow_metrics(mask, target, label):
     """True positives, predicted and true pixels, Dice and IoU of a class, pixel by pixel."""
@@ -314,20 +314,20 @@ def test_metrics_against_slow_loops():
     total = np.array([slow_metrics(mask, target, c) for c in range(3)])
     tp, predicted, true, dice, iou = total[1]
     accuracy = total[:, 0].sum() / total[:, 2].sum()
-    counts = layers.count_pixels(mask, target, 3)
-    assert (counts.numpy() == images[..., :3]).all() and images[3:, 1, 4].tolist() == [1, 0, 1]
-    assert layers.compute_metrics(counts[:, :2], TWO) == pytest.approx({
+    confusion = layers.confusion_matrix(mask, target, 3)
+    counts = confusion.diagonal(dim1=1, dim2=2), confusion.sum(dim=1), confusion.sum(dim=2)
+    assert (torch.stack(counts, dim=2).numpy() == images[..., :3]).all()
+    assert layers.compute_metrics(confusion[:, :2, :2], TWO) == pytest.approx({
         "dice": images[:, 1, 3].mean(), "iou": images[:, 1, 4].mean(), "dataset_dice": dice,
         "dataset_iou": iou, "precision": tp / predicted, "recall": tp / true, "accuracy": accuracy,
         "images": 6})
-    result = layers.compute_metrics(counts, [*TWO, "nowhere"])
+    result = layers.compute_metrics(confusion, [*TWO, "nowhere"])
     for name, row, c in zip(TWO, result.pop("classes"), total[:2], strict=True):
         assert row == {"class": name, "dice": pytest.approx(c[3]), "iou": pytest.approx(c[4]),
                        "fraction": pytest.approx(c[2] / total[:, 2].sum())}
-    assert result == pytest.approx({
-        "mean_dice": total[:2, 3].mean(), "mean_iou": total[:2, 4].mean(), "accuracy": accuracy,
-        "images": 6})
-    assert layers.compute_metrics(torch.tensor([[[0, 0, 0], [0, 0, 5]]]), TWO)["precision"] is None
+    assert result == pytest.approx({"mean_dice": total[:2, 3].mean(), "accuracy": accuracy,
+                                    "mean_iou": total[:2, 4].mean(), "images": 6})
+    assert layers.compute_metrics(torch.tensor([[[0, 0], [5, 0]]]), TWO)["precision"] is None
 
 def test_ema_follows_its_formula_with_warm_up():
     model, ema_model = nn.BatchNorm2d(1), nn.BatchNorm2d(1)  # has weights, statistics, a counter
@@ -389,16 +389,18 @@ def test_plateau_is_torchs(lr, levels):
         assert found == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9, abs=0)
         scheduler.step(score)
 
-@pytest.mark.parametrize("rows, columns, rank", [
-    (5, 5, 3), (3, 40, 3), (40, 3, 3), (8, 8, 8), (30, 20, 8), (64, 576, 8)])
-def test_newton_schulz_evens_singular_values_and_keeps_their_vectors(rows, columns, rank):
+@pytest.mark.parametrize("rows, columns, rank, dtype", [(5, 5, 3, None), (3, 40, 3, None), (
+    40, 3, 3, None), (8, 8, 8, None), (64, 576, 8, None), (30, 20, 20, torch.bfloat16)])
+def test_newton_schulz_evens_singular_values(rows, columns, rank, dtype):
     rng = torch.Generator().manual_seed(0)
     left, right = (torch.linalg.qr(torch.randn(3, n, rank, generator=rng)).Q
                    for n in (rows, columns))
     scales = torch.tensor([1e-3, 1e3, 0]).view(3, 1, 1)
-    result = layers.newton_schulz(left * torch.logspace(0, -1.5, rank) * scales @ right.mT)
+    smallest, atol = (-0.5, 0.02) if dtype else (-1.5, 0.002)
+    matrices = left * torch.logspace(0, smallest, rank) * scales @ right.mT
+    result = torch.stack(layers.newton_schulz(matrices, dtype=dtype or torch.float32)).float()
     values = (left.mT @ result @ right).diagonal(dim1=1, dim2=2)
-    torch.testing.assert_close(left * values.unsqueeze(1) @ right.mT, result, rtol=0, atol=0.002)
+    torch.testing.assert_close(left * values.unsqueeze(1) @ right.mT, result, rtol=0, atol=atol)
     assert 0.6 < values[:2].min() and values[:2].max() < 1.3 and not result[2].any()
 
 @pytest.mark.parametrize("shape, scale", [((2, 2, 1, 1), 1), ((4, 3, 3, 3), 1), ((32, 2, 1, 1), 4)])
@@ -435,8 +437,8 @@ def test_muon_moves_even_and_odd_parameters_in_turns():
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "muon"])
 def test_each_parameter_has_one_optimizer_and_its_weight_decay(name):
-    model = layers.UNet(width=2)
-    optimizers = layers.make_optimizers(model, {"optimizer": name, "weight_decay": 0.5})
+    model, config = layers.UNet(width=2), {"optimizer": name, "weight_decay": 0.5}
+    optimizers = layers.make_optimizers(model, config | {"precision": "fp32"})
     given = [id(p) for each in optimizers for group in each.param_groups for p in group["params"]]
     assert sorted(given) == sorted(id(p) for p in model.parameters())
     for p in model.parameters():
@@ -1151,12 +1153,12 @@ def test_scores_are_of_each_image_once_and_of_the_mean_of_four_views(trained, to
     torch.testing.assert_close(logits.sigmoid(), sum(views) / 4, rtol=0, atol=1e-5)
     dices = (2 * (mask & pet).sum((1, 2)) / (mask.sum((1, 2)) + pet.sum((1, 2)))).tolist()
     for batch_size in (4, 10):
-        loss, counts = petseg.evaluate(predictor, split, batch_size=batch_size)
+        loss, confusion = petseg.evaluate(predictor, split, batch_size=batch_size)
         assert loss == pytest.approx(layers.bce_dice_loss(logits, target).item(), rel=1e-4)
-        assert petseg.image_scores(counts, TWO).tolist() == pytest.approx(dices, abs=2e-3)
-    # (true positives, predicted, true) by class: IoU 3/4, 2/6, of none; and an image all ignored
-    counts = torch.tensor([[[3, 4, 3], [2, 3, 5], [0, 0, 0]], [[0, 0, 0]] * 3])
-    assert petseg.image_scores(counts, "abc").tolist() == pytest.approx([(3 / 4 + 2 / 6) / 2, 0])
+        assert petseg.image_scores(confusion, TWO).tolist() == pytest.approx(dices, abs=2e-3)
+    # IoU 3/6, 4/7, of none; and an image all ignored
+    confusion = torch.tensor([[[3, 1, 0], [2, 4, 0], [0, 0, 0]], [[0, 0, 0]] * 3])
+    assert petseg.image_scores(confusion, "abc").tolist() == pytest.approx([(3 / 6 + 4 / 7) / 2, 0])
 
 def test_options_name_what_there_is_and_long_runs_augment_more():
     for n, preset in (99, "full"), (100, "strong"):
@@ -1184,6 +1186,10 @@ def become(situation="", **environment):
         real, step = layers.bce_dice_loss, iter(range(99))
         layers.LOSSES["bce_dice"] = lambda logits, *others: real(logits, *others) * (
             math.inf if logits.requires_grad and next(step) else 1)
+    elif situation == "Ctrl-C":  # at the ninth mask
+        colorize, masks = data.colorize_mask, iter(range(999))
+        data.colorize_mask = lambda *args: colorize(*args) if next(masks) != 8 else os.kill(
+            os.getpid(), signal.SIGINT) or colorize(*args)
 
 def test_the_same_command_goes_on_or_says_finished(halfway, trained, root, tmp_path):
     words, folder = halfway
@@ -1290,14 +1296,12 @@ def test_a_run_that_diverges_stops_with_advice_and_keeps_a_good_checkpoint(optio
     for _ in range(2):  # the second time from the last good checkpoint
         assert re.search("not finite.*begin anew.*--lr", refused(*words))
         last = torch.load(tmp_path / "a" / "last.pt")
-        tensors = [*last["model"].values(), *last["ema"].values()]
-        assert all(tensor.isfinite().all() for tensor in tensors)
+        assert all(x.isfinite().all() for key in ("model", "ema") for x in last[key].values())
 
 def test_a_step_with_infinite_gradients_is_skipped(root, tmp_path):
     run("train", "unet", *TINY, "--root", root, "--out", tmp_path, "--epochs", 1, "--name", "a",
         "--ema", 0, before=partial(become, "only the first training step is finite"))
-    [row] = read_rows(tmp_path / "a" / "metrics.csv")
-    assert all(math.isfinite(float(number)) for number in row.values())
+    assert all(map(math.isfinite, map(float, read_rows(tmp_path / "a/metrics.csv")[0].values())))
     last = torch.load(tmp_path / "a" / "last.pt", weights_only=True)
     steps = [state["step"] for state in last["optimizers"][1]["state"].values()]
     assert {*map(int, steps)} == {1} and last["sums"].tolist() == [0, 0, 0, 0]
@@ -1482,11 +1486,7 @@ def test_infer_is_stopped_and_does_the_rest(trained, toys, tmp_path):
     for i in range(4):
         shutil.copytree(toys / "images", photos / str(i), copy_function=os.link)
     words = ["infer", "--ckpt", trained["unet"], photos, "--out", out, "--save", "mask", "--no-tta"]
-    with start(*words) as child:
-        while len(list(out.glob("*_mask.png"))) < 9:
-            time.sleep(0.01)
-        os.kill(child.pid, signal.SIGINT)
-    assert child.exitcode == 130 and "--skip-existing" in child.stderr.splitlines()[-1]
+    assert "--skip-existing" in run(*words, code=130, before=partial(become, "Ctrl-C")).stderr
     first = {row["output"]: row for row in read_rows(out / "predictions.csv")}
     assert 0 < len(first) < 200 and not list(out.glob(".part-*"))
     removed, *others = [out / f"{name}_mask.png" for name in first]
