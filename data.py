@@ -38,13 +38,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import (ExifTags, Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps,
-                 ImageStat)
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
+from PIL import ExifTags, Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps, ImageStat
 
 MEAN, STD = (0.48, 0.45, 0.40), (0.27, 0.27, 0.28)  # of the pets' train images, in 0..1
 BORDER_OFFSET, IGNORE_INDEX = 128, 255
@@ -328,8 +322,16 @@ def describe_values(values, where=...):
 def read_pair(sample, size):
     """A photo and its labels at `size`: uint8 (H, W, 3) and (H, W)."""
     labels = read_mask(sample.mask, sample.classes)
-    image = read_image(sample.image, size, labels.shape)
-    return np.asarray(image), resize(labels, size, "NEAREST")
+    return np.asarray(read_image(sample.image, size, labels.shape)), resize(labels, size, "NEAREST")
+
+def read_sample(sample):
+    """A photo and its labels, if any, at their own size; where damaged, the photo alone."""
+    try:
+        labels = read_mask(sample.mask, sample.classes) if sample.mask else None
+        return read_image(sample.image, mask_size=sample.mask and labels.shape), labels
+    except UserError as error:
+        warnings.warn(str(error))
+        return read_image(sample.image), None
 
 def resize(array, size, resample="BILINEAR"):
     """An image or an array at another size, as an array."""
@@ -423,11 +425,10 @@ def scan_image_and_mask_folders(folder, random_split):
                   for place in (Path(split, name), Path(name, split)) if place in folders]
         return folders[places[0]] if places else None
 
-    pairs = {}
-    for split, names in SPLIT_FOLDERS.items():
-        pair = find(IMAGE_FOLDERS, names), find(MASK_FOLDERS, names)
-        if all(pair) and (split != "all" or not pairs):
-            pairs[split] = pair
+    pairs = {split: pair for split, names in SPLIT_FOLDERS.items()
+             if all(pair := (find(IMAGE_FOLDERS, names), find(MASK_FOLDERS, names)))}
+    if len(pairs) > 1:
+        pairs.pop("all", None)
     if "all" not in pairs and not {"train", "val"} <= pairs.keys():
         counts = Counter(p.parent for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
         raise UserError(
@@ -468,19 +469,16 @@ def match_pairs(images, masks, classes):
                 if not (before[-1:].isdigit() or after[:1].isdigit()):  # 1 is not the image of 15
                     affixes[before, after] += 1
     before, after = max(affixes, key=affixes.get, default=("", ""))
-    samples = []
-    for name in list(image_of):
-        mask = name.with_name(f"{before}{name.name}{after}")
-        if mask in mask_of:
-            samples.append(Sample(name.as_posix(), image_of.pop(name), mask_of.pop(mask), classes))
+    partner = {name: name.with_name(f"{before}{name.name}{after}") for name in image_of}
+    samples = [Sample(name.as_posix(), image_of.pop(name), mask_of.pop(mask), classes)
+               for name, mask in partner.items() if mask in mask_of]
     if not samples:
         raise UserError(f"no mask in {masks} has the name of an image in {images}, with or without "
                         f"the same text around it in all; the first names are "
                         f"{next(iter(image_of))} and {next(iter(mask_of))}")
     for kind, rest in (("images without a mask", image_of), ("masks without an image", mask_of)):
         if rest:
-            first = ", ".join(map(str, islice(rest.values(), 5)))
-            warnings.warn(f"{len(rest)} {kind} are left out; the first: {first}")
+            warnings.warn(f"{len(rest)} {kind} are left out, such as {next(iter(rest.values()))}")
     return samples
 
 # a line of classes.txt: VALUE NAME, R G B NAME, or NAME
@@ -677,10 +675,10 @@ def atomic_path(path):
             os.replace(path, Path(temporary) / "old")
         os.replace(new, path)
 
-def write_json(path, content):
-    """Writes a JSON file atomically."""
+def write_text(path, text):
+    """Writes a text file atomically."""
     with atomic_path(path) as new:
-        new.write_text(json.dumps(content, indent=2))
+        new.write_text(text, encoding="utf-8")
 
 def write_csv(path, rows):
     """Writes dicts as a CSV file, atomically; a column that a row lacks is empty."""
@@ -696,35 +694,29 @@ def read_predictions(path, outputs):
         output_path(path.parent, row["output"], output).is_file() for output in outputs)}
 
 def format_table(rows):
-    """Dicts with the same keys as columns of text, the first left-aligned."""
+    """Dicts with the same keys as a Markdown table, the first column left-aligned."""
     styles = {float: "{:.4f}", int: "{:,}", type(None): "-"}
     lines = [[name.replace("_", " ") for name in rows[0]]]
     lines += [[styles.get(type(cell), "{}").format(cell) for cell in row.values()] for row in rows]
     first, *others = [max(map(len, column)) for column in zip(*lines)]
-    return "\n".join("  ".join((line[0].ljust(first), *map(str.rjust, line[1:], others)))
+    lines.insert(1, ["-" * first, *("-" * (width - 1) + ":" for width in others)])
+    return "\n".join(f"| {' | '.join((line[0].ljust(first), *map(str.rjust, line[1:], others)))} |"
                      for line in lines)
 
-def format_metrics(split, metrics):
-    """The metrics of a split as a table, below those of its breeds or classes."""
-    total = {"": split, **metrics}
-    classes, breeds = total.pop("classes", []), total.pop("breeds", {})
-    breeds = sorted(({"": breed, **row} for breed, row in breeds.items()), key=lambda r: r["dice"])
-    return "\n\n".join(format_table(rows) for rows in (classes, [*breeds, total]) if rows)
-
 def take_lock(folder, wait=True):
-    """Locks a folder until a `with` block or the process ends, and clears away what killed processes
-    left half-written. None: another process has the lock."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    """Locks a folder until a `with` block or the process ends, and clears away what killed
+    processes left half-written. None: another process has the lock."""
+    os.makedirs(folder, exist_ok=True)
     release = contextlib.ExitStack()
-    if fcntl:
+    with contextlib.suppress(ImportError):  # Windows has no fcntl
+        import fcntl
         handle = os.open(folder, os.O_RDONLY)
         release.callback(os.close, handle)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             return release.close()
-        for leftover in (*folder.glob(".part-*"), *folder.glob("*/.part-*")):
+        for leftover in (*Path(folder).glob(".part-*"), *Path(folder).glob("*/.part-*")):
             shutil.rmtree(leftover, ignore_errors=True)
     return release
 
@@ -754,10 +746,9 @@ def progress(items, title, total, done=0, unit="images", scale=1, size=lambda it
         if due and os.environ.get("RANK", "0") == "0":
             shown, speed = now, (done - first) / max(now - start, 1e-6)
             left = timedelta(0, round((total - done) / speed)) if total else "?"
-            text = (f"{title}: {done / scale:,.0f} of {(total or 0) / scale:,.0f} {unit}, "
-                    f"{speed / scale:,.1f}/s, {left} left")
-            print(f"\r\x1b[K{text}" if terminal else text, file=sys.stderr, flush=True,
-                  end="" if terminal else "\n")
+            print("\r\x1b[K" * terminal + f"{title}: {done / scale:,.0f} of "
+                  f"{(total or 0) / scale:,.0f} {unit}, {speed / scale:,.1f}/s, {left} left",
+                  end="" if terminal else "\n", file=sys.stderr, flush=True)
 
 # ----------------------------------------------------------------------- masks, overlays, cut-outs
 # the colours of classes 1, 2, …: those of Okabe and Ito, distinct for colour-blind eyes, then the
@@ -803,7 +794,7 @@ def overlay(photo, mask, class_names):
     return result
 
 def remove_islands(mask):
-    """A bool mask (H, W) without regions under 5% of the largest and without holes under 1% of it."""
+    """A bool mask (H, W) without regions under 5% of the largest, and holes under 1% of it."""
     def find_runs(mask):  # where they start and end, as y · (W + 1) + x
         return np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2).T
 
@@ -895,13 +886,13 @@ def add_caption(image, text):
     ImageDraw.Draw(result).text((0, 2), text, "black", ImageFont.load_default(13))
     return result
 
-def panel(photo, truth, mask, caption, class_names, side=256):
-    """photo | ground truth, where known | prediction, with captions; of several classes a legend."""
+def panel(photo, caption, masks, class_names, side=256):
+    """A photo beside overlays of masks, {caption: mask}; of several classes with a legend."""
     width = min(max(1, round(side * photo.width / photo.height)), 4 * side)
     photo = photo.resize((width, side), Image.Resampling.BICUBIC)
     tiles = [add_caption(photo, caption)] + [
-        add_caption(overlay(photo, resize(labels, (side, width), "NEAREST"), class_names), name)
-        for name, labels in (("ground truth", truth), ("prediction", mask)) if labels is not None]
+        add_caption(overlay(photo, resize(mask, (side, width), "NEAREST"), class_names), name)
+        for name, mask in masks.items()]
     row = image_grid(tiles, len(tiles))
     if len(class_names) == 2:
         return row
@@ -910,6 +901,21 @@ def panel(photo, truth, mask, caption, class_names, side=256):
     result = ImageOps.expand(row, (0, 0, 0, legend.height), "white")
     result.paste(legend, (0, row.height))
     return result
+
+def draw_confusion(path, confusion, class_names):
+    """A confusion matrix (C, C): each row, a true class, in percent; darker is more."""
+    percent = 100 * confusion / confusion.sum(axis=1, keepdims=True).clip(1)
+    side, font = 50 * len(class_names), ImageFont.load_default(20)
+    draw = ImageDraw.Draw(image := Image.new("RGB", (330 + side, 100 + side), "white"))
+    draw.text((20, 20), "rows: true class, columns: predicted, in percent", "black", font)
+    for i, name in enumerate(class_names):
+        draw.text((290, 95 + 50 * i), f"{name[:24]} {i}", "black", font, anchor="rm")
+        draw.text((325 + 50 * i, 58), str(i), "black", font, anchor="mm")
+        for j, value in enumerate(percent[i]):
+            x, y, shade = 325 + 50 * j, 95 + 50 * i, round(255 - 2 * value)
+            draw.rectangle((x - 25, y - 25, x + 25, y + 25), (shade, shade, 255))
+            draw.text((x, y), f"{value:.0f}", "white" if shade < 128 else "black", font, "mm")
+    save_image(image, path)
 
 OUTPUTS = {"mask": ".png", "overlay": ".jpg", "cutout": ".png", "panel": ".jpg"}  # of `infer`
 
@@ -930,59 +936,58 @@ LINE_COLORS = [tuple(OKABE_ITO[i].tolist()) for i in (4, 0, 2, 5, 6, 1)]
 
 def draw_plot(draw, left, runs, quantity, metric):
     """Of each run a thin curve for train, a bold one for val, and a circle at the best epoch."""
-    right, top, bottom = left + 1040, 100 + 36 * len(runs), 960  # the legend has a line per run
-    gray, font = (60, 60, 60), ImageFont.load_default(24)
-    rows = [row for run in runs.values() for row in run]
-    values = [row[f"{split}_{quantity}"] for row in rows for split in ("train", "val")]
-    low, high, last = min(values), max(values) + 1e-6, max(row["epoch"] for row in rows)
+    right, top, bottom = left + 1040, 130 + 36 * len(runs), 1010  # the legend has a line per run
+    columns = ["lr"] if quantity == "lr" else [f"train_{quantity}", f"val_{quantity}"]
+    last = max(map(len, runs.values()))
+    # what lies outside of the range of the last three quarters is drawn at its border
+    first = 0 if quantity == "lr" else last // 4
+    values = [row[column] for rows in runs.values() for row in rows[first:] for column in columns]
+    low, high = min(values), max(values) + 1e-6
 
-    def to_pixel(epoch, value):
-        height = (value - low) / (high - low)
-        return left + (right - left) * epoch / last, bottom - (bottom - top) * height
-
-    draw.text(((left + right) / 2, 20), quantity, "black", ImageFont.load_default(30), anchor="mt")
-    draw.text(((left + right) / 2, bottom + 50), "epoch", "black", font, anchor="mt")
-    for tick in np.linspace(low, high, 6):
-        _, y = to_pixel(0, tick)
-        draw.line([(left, y), (right, y)], (225, 225, 225), 2)
-        draw.text((left - 12, y), f"{tick:.3f}", gray, font, anchor="rm")
+    title = "learning rate" if quantity == "lr" else quantity
+    draw.text((left + 520, 66), title, "black", font_size=30, anchor="mt")
+    draw.text((left + 520, bottom + 50), "epoch", "black", font_size=24, anchor="mt")
+    for y, value in zip(np.linspace(bottom, top, 6), np.linspace(low, high, 6)):
+        draw.line([(left, y), (right, y)], "lightgray", 2)
+        draw.text((left - 12, y), f"{value:.3f}", "black", font_size=24, anchor="rm")
     for epoch in range(0, last + 1, math.ceil(last / 10)):
-        x, _ = to_pixel(epoch, 0)
-        draw.line([(x, top), (x, bottom + 8)], (225, 225, 225), 2)
-        draw.text((x, bottom + 14), str(epoch), gray, font, anchor="mt")
-    draw.line([(left, top), (left, bottom), (right, bottom)], gray, 3)
+        x = left + 1040 * epoch / last
+        draw.text((x, bottom + 14), str(epoch), "black", font_size=24, anchor="mt")
     for i, (name, rows) in enumerate(runs.items()):
         colours = LINE_COLORS[:2] if len(runs) == 1 else [LINE_COLORS[i % len(LINE_COLORS)]] * 2
-        y = 80 + 36 * i  # of the legend
-        for x, split, colour, width in zip((left, left + 140), ("train", "val"), colours, (4, 7)):
-            draw.line([(x, y), (x + 46, y)], colour, width)
-            draw.text((x + 56, y), split, gray, font, anchor="lm")
-            pixels = [to_pixel(row["epoch"], row[f"{split}_{quantity}"]) for row in rows]
-            draw.line(pixels, colour, width, "curve")
-            draw.circle(pixels[-1], width, colour)  # all there is after one epoch
-        best = max(rows, key=lambda row: row[f"val_{metric}"])
-        epoch, value = best["epoch"], best[f"val_{quantity}"]
-        draw.circle(to_pixel(epoch, value), 9, "white", colour, 5)
-        text = f"{name[:38]}, " * (len(runs) > 1) + f"best epoch {epoch}: {value:.4f}"
-        draw.text((left + 270, y), text, gray, font, anchor="lm")
+        x, text = [left + 1040 * row["epoch"] / last for row in rows], name[:38]
+        for column, colour, width in zip(columns, colours, (4, 7)):
+            y = np.interp([row[column] for row in rows], (low, high), (bottom, top))
+            draw.line([*zip(x, y)], colour, width, "curve")
+            draw.circle((x[-1], y[-1]), width, colour)  # all there is after one epoch
+        if quantity != "lr":  # the last column was val's
+            best = max(range(len(rows)), key=lambda epoch: rows[epoch][f"val_{metric}"])
+            draw.circle((x[best], y[best]), 9, "white", colour, 5)
+            text += f", best epoch {rows[best]['epoch']}: {rows[best][column]:.4f}"
+        draw.text((left, 116 + 36 * i), text, colour, font_size=24, anchor="lm")
 
 def draw_curves(path, runs, metric="dice"):
-    """Loss and a metric over the epochs, side by side; `runs` is {name: rows of metrics.csv}."""
-    image = Image.new("RGB", (2400, 1080), "white")  # twice the size, for smooth edges
-    for left, quantity in ((110, "loss"), (1310, metric)):
-        draw_plot(ImageDraw.Draw(image), left, runs, quantity, metric)
-    save_image(image.reduce(2), path)
+    """Loss, a metric and the learning rate by epoch; `runs` is {name: rows of metrics.csv}."""
+    image = Image.new("RGB", (3600, 1140), "white")  # larger than the result, for smooth edges
+    draw, title = ImageDraw.Draw(image), ", ".join(name[:38] for name in runs)
+    draw.text((1800, 10), title, "black", font_size=36, anchor="mt")
+    for left, quantity in ((110, "loss"), (1310, metric), (2510, "lr")):
+        draw_plot(draw, left, runs, quantity, metric)
+    draw.text((1800, 1096), "thin: train, the network of each step on augmented images; bold: val, "
+              "the EMA of the weights on plain images, so it may lie above train", "black",
+              font_size=24, anchor="mt")
+    save_image(image.resize((2400, 760), Image.Resampling.LANCZOS), path)
 
 # ---------------------------------------------------------------------------------- the toy pets
 # Cats and dogs drawn from a seed, on things of like colours and textures: a network has to learn
 # shapes. Of each breed, cats in capitals: the width and height of its marks
 COATS = {"Tabby": (7, 60), "Calico": (45, 45), "Smoke": (300, 300),
          "pointer": (11, 11), "collie": (60, 30), "terrier": (3, 3)}
-
-def ellipse(a, b, radius, corners=28):
-    """An ellipse from a to b (3 corners: a triangle, 4: a box); points are complex, x + iy."""
-    angle, axis = np.linspace(0, 2 * math.pi, corners, endpoint=False), (b - a) / 2
-    return (a + b) / 2 + axis * (np.cos(angle) + 1j * radius / abs(axis) * np.sin(angle))
+# ellipses by two corners of their boxes, triangles by three points: trunk, head, tail, legs; ears
+BODY = [(-0.5, -0.24, 0.5, 0.24), (0.2, -0.52, 0.66, -0.08), (-0.85, -0.2, -0.4, -0.1),
+        *((x, 0, x + 0.12, 0.55) for x in (-0.45, -0.3, 0.2, 0.35))]
+EARS = {True: [(0.22, -0.4, 0.24, -0.72, 0.38, -0.5), (0.64, -0.4, 0.62, -0.72, 0.48, -0.5)],  # cat
+        False: [(0.14, -0.46, 0.28, -0.04), (0.58, -0.46, 0.72, -0.04)]}
 
 def texture(rng, size, width, height):
     """Blobs of about width × height pixels between two colours (H, W, 3)."""
@@ -991,31 +996,21 @@ def texture(rng, size, width, height):
     one, two = rng.uniform(30, 250, (2, 3))
     return one + (two - one) * noise
 
-def pet_shapes(rng, cat):
-    """Trunk, tail, legs, head, ears (pointed: a cat) of about unit size, as polygons around 0."""
-    head, tail = (complex(*rng.normal(place, 0.06)) for place in ((0.42, -0.3), (-0.8, -0.3)))
-    legs = [ellipse(x + 0j, x + complex(rng.normal(0, 0.1), 0.55), 0.07)
-            for x in (-0.4, 0.4, -0.3, 0.3)]
-    ear = ellipse(0.05-0.1j, 0.2-0.42j, 0.12, 3) if cat else ellipse(0.22-0.15j, 0.3+0.2j, 0.08)
-    return [ellipse(-0.5+0j, 0.5+0j, 0.24), ellipse(-0.4+0j, tail, 0.05), *legs,
-            *(head + part for part in (ellipse(-0.25+0j, 0.25+0j, 0.22), ear, -ear.conj()))]
-
 def draw_toy(rng, breed):
     """One toy pet: its photo (an RGB image) and its trimap (1 pet, 2 background, 3 border)."""
     height, width = size = rng.integers(150, 231, 2).tolist()
     photo = texture(rng, size, *rng.choice([2, 7, 30], 2))
-    for i in reversed(range(rng.integers(4, 9))):  # things, and last the pet
-        if i == 0:
-            shapes, blobs = pet_shapes(rng, breed[0].isupper()), COATS[breed]
-            centre, scale, turn = rng.uniform(0.3, 0.7, 2), rng.uniform(0.45, 0.9), 0.2
-        else:
-            shapes, blobs = [ellipse(-1, 1, 0.5, rng.choice([4, 28]))], rng.choice([2, 7, 30], 2)
-            centre, scale, turn = rng.random(2), rng.uniform(0.05, 0.3), 2
+    for pet in [False] * rng.integers(3, 8) + [True]:  # things, and last the pet
+        shapes = BODY + EARS[breed[0].isupper()] if pet else [(-0.3, -0.15, 0.3, 0.15)]
+        blobs = COATS[breed] if pet else rng.choice([2, 7, 30], 2)
         layer = Image.new("L", (2 * width, 2 * height))  # twice the size, for smooth edges
-        scale = scale * min(size) * np.exp(1j * rng.normal(0, turn))
+        centre = 2 * np.multiply(rng.uniform(0.3, 0.7, 2) if pet else rng.random(2), size[::-1])
+        scale, draw = 2 * min(size) * rng.uniform(0.45, 0.9), ImageDraw.Draw(layer)
         for shape in shapes:
-            points = 2 * (complex(*centre * size[::-1]) + scale * shape)
-            ImageDraw.Draw(layer).polygon(points.view(float).tolist(), 255)
+            points = (centre + scale * np.reshape(shape, (-1, 2))).flatten().tolist()
+            (draw.ellipse if len(points) == 4 else draw.polygon)(points, 255)
+        layer = layer.rotate(rng.normal(0, 12 if pet else 90), center=centre.tolist())
+        layer = ImageOps.mirror(layer) if rng.random() < 0.5 else layer
         alpha = np.asarray(layer.reduce(2))[..., None] / 255
         photo += (texture(rng, size, *blobs) - photo) * alpha
     near = np.asarray(to_image(alpha[..., 0] > 0.5).filter(ImageFilter.BoxBlur(2)))

@@ -281,8 +281,8 @@ def compute_metrics(confusion, class_names):
                 "precision": (total[1, 1] / predicted[1]).item() if predicted[1] else None,
                 "recall": (total[1, 1] / true[1]).item() if true[1] else None, **metrics}
     seen = predicted + true > 0
-    rows = [{"class": name, "dice": dice[i].item(), "iou": iou[i].item(),
-             "fraction": (true[i] / pixels).item()} for i, name in enumerate(class_names) if seen[i]]
+    rows = [{"class": class_names[i], "dice": dice[i].item(), "iou": iou[i].item(),
+             "fraction": (true[i] / pixels).item()} for i in seen.nonzero().flatten().tolist()]
     mean_dice, mean_iou = (x[seen].mean().nan_to_num().item() for x in (dice, iou))
     return {"mean_dice": mean_dice, "mean_iou": mean_iou, **metrics, "classes": rows}
 
@@ -354,7 +354,7 @@ SCHEDULES = {"cosine": cosine, "constant": constant, "plateau": plateau,
 # ------------------------------------------------------------------------------------- optimizers
 def newton_schulz(matrices, steps=4, dtype=torch.float32):
     """Orthogonalizes matrices that have one shorter side: singular values go to about 1 (0.7 to
-    1.2), singular vectors stay. A step is X ← (a I + b G + c G²) X with the Gram matrix G = X Xᵀ."""
+    1.2), singular vectors stay. A step is X ← (a I + b G + c G²) X with the Gram matrix G = XXᵀ."""
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = [x.mT if x.shape[0] > x.shape[1] else x for x in matrices]  # G has the shorter side
     wide = [(x / (x.norm() + 1e-7)).to(dtype) for x in wide]
@@ -377,7 +377,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, params, weight_decay=0.0, momentum=0.95, dtype=torch.float32):
         super().__init__(params, {"lr": 0.0, "weight_decay": weight_decay, "momentum": momentum,
                                   "odd": 0})
-        self.dtype = dtype  # of Newton–Schulz; bfloat16: 5 to 8% less time for a step of ResNet34UNet
+        self.dtype = dtype  # of Newton–Schulz; bfloat16 takes 5 to 8% off a step of ResNet34UNet
 
     @torch.no_grad()
     def step(self):

@@ -125,22 +125,22 @@ def command_line():
         return sub.add_argument
 
     machine = "device threads precision url max_pixels"
-    model = f"ckpt threshold tta {machine} data root"
+    model = f"threshold tta {machine} data root"
     command("train", "train from scratch, score the test split, draw the curves",
             f"name resume device url max_pixels {' '.join(OPTIONS)}", out="runs")(
         "model", nargs="?", choices=MODELS)
     command("eval", "score a split; per-breed table; gallery of the worst images",
-            f"{model} split", out="evaluation")
+            f"ckpt {model} split", out=None)
     command("infer", "masks, overlays, cut-outs of images, or of the test split",
-            f"{model} save background crop skip_existing", out="predictions")(
+            f"ckpt {model} save background crop skip_existing", out="predictions")(
         "images", nargs="*", metavar="IMAGE|FOLDER|-")
-    command("compare", "the curves of several runs in one image, and a table",
-            out="compare.png")("runs", nargs="+", metavar="RUN")
+    command("compare", "curves of several runs, the same images by each, and a table",
+            f"{model} split", out="comparison")("runs", nargs="+", metavar="RUN")
     command("data", "fetch, verify, or draw the data", "data url max_pixels", root="data",
             classes=None)("action", nargs="?", choices=("get", "check", "toy"), default="check")
     command("export", "a file for use with torch alone, and for ONNX", "ckpt", out="model.pt2")
-    command("summary", "a table of layers: shape, parameters, multiply-adds", size="256", width=64,
-            upsample="transpose")("model", choices=MODELS)
+    command("summary", "a table of layers: shape, parameters, multiply-adds",
+            "device size width upsample")("model", choices=MODELS)
     command("bench", "images per second, peak memory; of the plain loop: --baseline",
             f"{machine} size width batch_size grad_checkpoint baseline", data="toy", root="data")(
         "model", choices=MODELS)
@@ -151,7 +151,6 @@ ARGS = command_line().parse_args() if __name__ == "__main__" else None
 
 import contextlib
 import copy
-import csv
 import json
 import math
 import re
@@ -162,7 +161,6 @@ import warnings
 import zipfile
 from collections import namedtuple
 from datetime import datetime, timedelta
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -240,10 +238,9 @@ def train(args):
     optimizers = layers.make_optimizers(model, config)
 
     # where the run stands
-    classes = len(config["class_names"])
-    run = SimpleNamespace(epoch=1, step=0, seconds=0.0, history=[], val_scores=[],
-                          train_images=train_set.names, sums=torch.zeros(4),
-                          confusion=torch.zeros(classes, classes, dtype=torch.long))
+    run = argparse.Namespace(
+        epoch=1, step=0, seconds=0.0, history=[], val_scores=[], train_images=train_set.names,
+        sums=torch.zeros(4), confusion=torch.zeros(2 * [len(config["class_names"])]).long())
     if RANK == 0 and data.take_lock(folder, wait=False) is None:
         raise UserError(f"another process is training in {folder}; stop it, or wait for its end")
     if last:
@@ -301,14 +298,14 @@ def train(args):
             data.write_csv(folder / "metrics.csv", run.history)
             data.draw_curves(folder / "curves.png", {folder.name: run.history},
                              score_names(config["class_names"])[0])
-            draw_samples(folder / "samples.png", predictor, val_set,
+            draw_samples(folder / "samples.png", {"prediction": (predictor, val_set)},
                          torch.linspace(0, len(val_set.names) - 1, 8).int().unique())
         run.epoch, run.step, run.seconds = run.epoch + 1, 0, 0.0
         run.sums, run.confusion = run.sums * 0, run.confusion * 0
         saved = save_last(*checkpoint)
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if signals:  # one that came after the last step
         signal.raise_signal(signals[0])
     args.ckpt, args.out, args.threshold, args.tta = folder / "best.pt", folder, 0.5, True
@@ -395,7 +392,6 @@ class Predictor:
     def __init__(self, model, config, threshold=0.5, tta=True):
         self.config, self.threshold, self.tta = config, threshold, tta
         self.device, self.dtype = model.head.weight.device, DTYPES[config["precision"]]
-        # 3% faster than batch norms of their own and autocast, a single photo 10%
         self.model = layers.fuse_conv_bn(model, self.dtype)
 
     @torch.inference_mode()
@@ -446,8 +442,7 @@ class Predictor:
         return data.overlay(result.photo, mask, self.config["class_names"])
 
     def cutout(self, photo, background=None, crop=False):
-        """The foreground with a soft edge, as docs/cutouts.md says: RGBA, or with a `background`
-        (an image, or "blur") RGB."""
+        """The foreground with a soft edge (docs/cutouts.md): RGBA, or RGB on an image or "blur"."""
         photo, probs, _, clean = self.segment(photo)
         threshold, names = self.threshold, self.config["class_names"]
         scale = min(1, 96 / max(photo.size))
@@ -485,8 +480,7 @@ def finish_epoch(folder, run, config, lr, val_loss, val_confusion):
     loss, n, dice, iou = run.sums.tolist()
     if not (n and math.isfinite(val_loss)):
         raise UserError(DIVERGED.format("the loss is not finite", run.epoch, folder))
-    names = config["class_names"]
-    metric, other = score_names(names)
+    names, (metric, other) = config["class_names"], score_names(config["class_names"])
     train = layers.compute_metrics(run.confusion.cpu()[None], names) | {
         "loss": loss / n, "dice": dice / n, "iou": iou / n}
     val = layers.compute_metrics(val_confusion, names) | {"loss": val_loss}
@@ -512,19 +506,20 @@ def image_scores(confusion, class_names):
     metric = score_names(class_names)[0]
     return torch.tensor([layers.compute_metrics(c[None], class_names)[metric] for c in confusion])
 
-def draw_samples(path, predictor, split, indices):
-    """A grid of photo | ground truth | prediction for some images of a split."""
-    config, names = predictor.config, predictor.config["class_names"]
-    images, labels = data.get_batch(split, indices, predictor.device)
-    probs = layers.probabilities(predictor.logits(images))
-    masks = layers.probs_to_mask(probs, predictor.threshold)
-    target = eval_target(config, labels)
-    scores = image_scores(layers.confusion_matrix(masks, target, len(names)), names).tolist()
+def draw_samples(path, models, indices):
+    """A grid of photo | ground truth | prediction of each model, {name: (predictor, split)}."""
+    masks = [{} for _ in indices]
+    for name, (predictor, split) in models.items():
+        config, names = predictor.config, predictor.config["class_names"]
+        images, labels = data.get_batch(split, indices, predictor.device)
+        target, probs = eval_target(config, labels), layers.probabilities(predictor.logits(images))
+        mask = layers.probs_to_mask(probs, predictor.threshold)
+        scores = image_scores(layers.confusion_matrix(mask, target, len(names)), names)
+        for tiles, truth, found, score in zip(masks, target.cpu(), mask.cpu(), scores):
+            tiles |= {"ground truth": truth.numpy(), f"{name}: {score:.3f}": found.numpy()}
     data.save_image(data.image_grid([
-        data.panel(data.to_image(split.images[i]), truth, mask,
-                   f"{score_names(names)[0]} {score:.3f}  {split.names[i]}", names, side=160)
-        for i, truth, mask, score in zip(indices, target.cpu().numpy(), masks.cpu().numpy(), scores)
-    ]), path)
+        data.panel(data.to_image(split.images[i]), split.names[i], tiles, names, side=160)
+        for i, tiles in zip(indices, masks)], 1 if len(models) > 1 else 2), path)
 
 def catch_signals():
     """From now on SIGINT and SIGTERM are only appended to a list, which the loop reads."""
@@ -532,10 +527,6 @@ def catch_signals():
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, lambda number, _: signals.append(number))
     return signals
-
-def terminate(*_):
-    """What SIGTERM does outside of the training loop: what is half-written is cleared away."""
-    raise SystemExit(143)
 
 # --------------------------------------------------------------------------- runs and checkpoints
 DEFAULTS = {"model": None} | {name: default for name, (default, *_) in OPTIONS.items()}
@@ -548,12 +539,11 @@ def open_run(args, device):
     elif not args.model:
         raise UserError(f"which model? {PROGRAM} train unet, or train resnet34_unet")
     else:
-        source = data.find_data(args.data or "auto", args.root or "data", args.url).resolve()
+        where = data.find_data(args.data or "auto", args.root or "data", args.url).resolve()
         if args.data in (None, "auto"):
-            args.data = "toy" if source.name == data.TOYS else "pets"
-        run_id = os.environ.get("TORCHELASTIC_RUN_ID") or f"{datetime.now():%Y%m%d-%H%M%S-%f}"
-        name = re.sub(r"\W", "-", f"{source.name}-{args.model}-{run_id}")
-        folder = Path(args.out) / (args.name or name)
+            args.data = "toy" if where.name == data.TOYS else "pets"
+        run = os.environ.get("TORCHELASTIC_RUN_ID") or f"{datetime.now():%Y%m%d-%H%M%S-%f}"
+        folder = Path(args.out, args.name or re.sub(r"\W", "-", f"{where.name}-{args.model}-{run}"))
         if not any(folder.glob("*.pt")):
             return folder, resolve_config(vars(args), device), None
 
@@ -586,17 +576,15 @@ def resolve_config(options, device):
     fitting = {"size": (256, 256) if gpu else (128, 128), "batch_size": 32 if gpu else 16,
                "width": 64 if gpu else 16 if unet else 32, "augment": AUGMENT_PRESETS[preset],
                "lr": 0.02 if config["optimizer"] == "muon" else 0.004}
-    config |= {name: value for name, value in fitting.items() if config[name] is None}
-    return config
+    return config | {name: value for name, value in fitting.items() if config[name] is None}
 
 def log_start(folder, config, last, device):
     """Says what runs where, notes it in the config, and warns where it is slower or not exact."""
-    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, text=True,
-                         capture_output=True)
+    commit = subprocess.getoutput(f'git -C "{Path(__file__).parent}" rev-parse HEAD 2>{os.devnull}')
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     config |= {"device": name, "threads": torch.get_num_threads(), "processes": WORLD_SIZE,
                "system": sys.platform, "python": sys.version,
-               "torch": str(torch.__version__), "commit": git.stdout.strip() or None}
+               "torch": str(torch.__version__), "commit": commit or None}
     verb, threads = "resuming" if last else "training", config["threads"]
     log(f"{verb} {folder} on {name}, processes × threads: {WORLD_SIZE} × {threads}")
     if last and any(last["config"][key] != config[key] for key in ("threads", "processes")):
@@ -627,9 +615,8 @@ def load_checkpoint(path, kind="best.pt", device="cpu"):
         raise UserError(f"there is no checkpoint {path}")
     path.open("rb").close()  # else a lack of permission would pass for damage
     try:
-        with zipfile.ZipFile(path) as archive:
-            odd = any(part.compress_type or part.external_attr for part in archive.infolist())
-            if odd or archive.testzip():
+        with zipfile.ZipFile(path) as file:
+            if any(p.compress_type or p.external_attr for p in file.infolist()) or file.testzip():
                 raise ValueError("a zip bomb, or a flipped bit")
         content = torch.load(path, map_location=device, weights_only=True)
         if not {"config", {"best.pt": "weights", "last.pt": "ema"}[kind]} <= content.keys():
@@ -654,7 +641,7 @@ def save_last(folder, run, config, model, ema_model, optimizers):
     if not all(value.isfinite().all() for value in ema_model.state_dict().values()):
         raise UserError(DIVERGED.format("the weights are not finite", run.epoch, folder))
     if RANK == 0:
-        data.write_json(folder / "config.json", config)
+        data.write_text(folder / "config.json", json.dumps(config, indent=2))
         save_checkpoint(folder / "last.pt", {
             "config": config, "model": model.state_dict(), "ema": ema_model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in optimizers], **vars(run)},
@@ -679,8 +666,6 @@ def restore(run, model, ema_model, optimizers, last, folder):
                            (last["model"], last["ema"], *last["optimizers"])):
         part.load_state_dict(state)
     vars(run).update({name: last[name] for name in vars(run)})
-    for name in ("test.json", "val.json"):
-        (folder / name).unlink(missing_ok=True)  # it is of fewer epochs
 
 def init_from(model, config):
     """Starts from the weights of a best.pt; where it has other classes, the head stays random."""
@@ -709,75 +694,79 @@ def load(path, device="auto", precision="auto", threshold=0.5, tta=True):
 # --------------------------------------------------------------------------- eval, infer, compare
 def eval_dataset(args, config):
     """The dataset that --data and --root name, or else the one that the model has seen."""
+    config["root"] = args.root or config["root"]
     if args.data and Path(args.data).resolve() != Path(config["data"]).resolve():
-        config["random_split"] = {}  # that of other data
-    config |= {"data": args.data or config["data"], "root": args.root or config["root"]}
+        config |= {"data": args.data, "random_split": {}}
     dataset, names = load_dataset(config, args.url), config["class_names"]
     if dataset.class_names != names and not len(dataset.class_names) == len(names) == 2:
         raise UserError(f"{dataset.folder} has the classes {', '.join(dataset.class_names)}, the "
                         f"model {', '.join(names)}; name other data with --data, or another --ckpt")
     return dataset
 
+def load_with_split(args, path):
+    """The Predictor of a best.pt, and the split that it is to be scored on."""
+    predictor = load(path, args.device, args.precision, args.threshold, args.tta)
+    config, dataset = predictor.config, eval_dataset(args, predictor.config)
+    return predictor, data.open_split(dataset, args.split, config["size"], config["root"])
+
 def score_split(args):
     """Scores a split with a trained model: overall, and per class or breed; draws the worst."""
     with rank0_first():  # in train it has written best.pt
-        predictor = load(args.ckpt, args.device, args.precision, args.threshold, args.tta)
-        config, names = predictor.config, predictor.config["class_names"]
-        dataset, out = eval_dataset(args, config), Path(args.out)
-        split = data.open_split(dataset, args.split, config["size"], config["root"])
-    _, confusion = evaluate(predictor, split)
-    metrics = layers.compute_metrics(confusion, names)
+        predictor, split = load_with_split(args, args.ckpt)
+    names, (_, confusion) = predictor.config["class_names"], evaluate(predictor, split)
+    total = {"split": args.split, **layers.compute_metrics(confusion, names)}
+    kind, rows = "classes", total.pop("classes", [])
     if names == ["background", "pet"]:
-        breed_of = np.array([name.rpartition("_")[0] for name in split.names])
-        metrics["breeds"] = {breed: layers.compute_metrics(confusion[breed_of == breed], names)
-                             for breed in np.unique(breed_of).tolist()}
-    result = {"split": args.split, "checkpoint": str(args.ckpt), **metrics}
+        kind, breed_of = "breeds", np.array([name.rpartition("_")[0] for name in split.names])
+        rows = [{"breed": breed, **layers.compute_metrics(confusion[breed_of == breed], names)}
+                for breed in np.unique(breed_of).tolist()]
+    result = total | {"checkpoint": str(args.ckpt), "data": predictor.config["data"],
+                      "threshold": args.threshold, "tta": args.tta, kind: rows}
+    # the usual scores of a run go into its folder; others are never written over
+    run = args.ckpt.parent if args.ckpt.name == "best.pt" else args.ckpt
+    usual = run.is_dir() and not args.data and args.tta and args.threshold == 0.5
+    stamp = f"{run.resolve().stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    prefix = Path(args.out or (run if usual else Path("evaluation", stamp)), args.split)
     if RANK == 0:
-        order = image_scores(confusion, names).argsort(stable=True)
-        draw_samples(out / "worst.png", predictor, split, order[:12])
-        data.write_json(out / f"{args.split}.json", result)
-    print_result(args, f"{data.format_metrics(args.split, metrics)}\n\n{out}/worst.png", result)
-
-def read_sample(sample):
-    """A photo and its ground truth, if any; where that is damaged, the photo alone."""
-    try:
-        labels = data.read_mask(sample.mask, sample.classes) if sample.mask else None
-        return data.read_image(sample.image, mask_size=sample.mask and labels.shape), labels
-    except UserError as error:
-        photo = data.read_image(sample.image)
-        log(f"warning: {error}")
-        return photo, None
+        draw_samples(f"{prefix}-worst.png", {"prediction": (predictor, split)},
+                     image_scores(confusion, names).argsort(stable=True)[:12])
+        data.write_text(f"{prefix}.json", json.dumps(result, indent=2))
+        if rows:
+            data.write_csv(f"{prefix}-{kind}.csv", rows)
+        data.draw_confusion(f"{prefix}-confusion.png", confusion.sum(dim=0).numpy(), names)
+    tables = [data.format_table(table) for table in (rows, [total]) if table]
+    print_result(args, "\n\n".join([*tables, f"{prefix}-worst.png"]), result)
 
 def segment_images(predictor, samples, outputs, out, background, crop):
-    """Segments images as one batch and writes their outputs. Returns {name: row of predictions.csv,
-    or the error of an image that cannot be read}."""
+    """Segments a batch of images and writes them; {name: row of predictions.csv, or its error}."""
     names, rows, read = predictor.config["class_names"], {}, {}
     for sample in samples:
         try:
-            read[sample.name] = *read_sample(sample), data.escape_nonprintable(str(sample.image))
+            path = data.escape_nonprintable(str(sample.image))
+            read[sample.name] = *data.read_sample(sample), path
         except data.ImageError as error:
             rows[sample.name] = error
-    results = predictor.segment_batch([photo for photo, *_ in read.values()]) if read else ()
+    results = predictor.segment_batch([photo for photo, *_ in read.values()])
     for (name, (_, labels, path)), result in zip(read.items(), results):
-        mask, truth, metrics = result.classes, None, {}
+        mask, masks, metrics = result.classes, {}, {}
         if labels is not None:
             target = eval_target(predictor.config, torch.from_numpy(labels)[None])
             confusion = layers.confusion_matrix(torch.from_numpy(mask)[None], target, len(names))
-            truth, metrics = target[0].numpy(), layers.compute_metrics(confusion, names)
-        images = {"mask": lambda: predictor.mask(result),
-                  "overlay": lambda: predictor.overlay(result),
-                  "cutout": lambda: predictor.cutout(result, background, crop),
-                  "panel": lambda: data.panel(result.photo, truth, mask, "photo", names)}
+            masks["ground truth"] = target[0].numpy()
+            metrics = layers.compute_metrics(confusion, names)
+        masks["prediction"] = mask
+        images = {"mask": predictor.mask, "overlay": predictor.overlay,
+                  "cutout": lambda result: predictor.cutout(result, background, crop),
+                  "panel": lambda result: data.panel(result.photo, "photo", masks, names)}
         for output in outputs:
-            data.save_image(images[output](), data.output_path(out, name, output))
-        fractions = (np.bincount(mask.ravel(), minlength=len(names)) / mask.size).tolist()
-        probs = result.probs if len(names) > 2 else np.stack((1 - result.probs, result.probs))
-        box = data.to_image(mask > 0).getbbox() or ("",) * 4
-        if not mask.any():
+            data.save_image(images[output](result), data.output_path(out, name, output))
+        pixels, box = data.to_image(mask).histogram(), data.to_image(mask).getbbox()
+        if not box:
             log(f"no {' or '.join(names[1:])} found in {path}")
+        probs = result.probs if len(names) > 2 else np.stack((1 - result.probs, result.probs))
         rows[name] = {"file": path, "output": name,
-                      **{f"fraction of {name}": x for name, x in zip(names, fractions)},
-                      **dict(zip(("left", "top", "right", "bottom"), box)),
+                      **{f"fraction of {name}": n / mask.size for name, n in zip(names, pixels)},
+                      **dict(zip(("left", "top", "right", "bottom"), box or ("",) * 4)),
                       "confidence": float(probs.max(axis=0).mean()),
                       **{name: metrics[name] for name in score_names(names) if metrics}}
     return rows
@@ -829,45 +818,53 @@ def infer(args):
         for new in data.progress(results, "infer", len(todo), size=len):
             rows |= new
     finally:
-        failed = {name: str(row) for name, row in rows.items() if isinstance(row, UserError)}
-        rows = {name: row for name, row in rows.items() if name not in failed}
+        failed = [str(row) for row in rows.values() if isinstance(row, UserError)]
+        rows = [row for row in rows.values() if not isinstance(row, UserError)]
         if not data.is_file_name(out):
-            data.write_csv(table, [*rows.values()])
+            data.write_csv(table, rows)
 
     result = {"out": str(out), "images": len(names) - len(failed),
               "skipped": len(names) - len(todo), "failed": len(failed)}
     for name in score_names(classes):
-        if scores := [float(row[name]) for row in rows.values() if row.get(name, "") != ""]:
+        if scores := [float(row[name]) for row in rows if row.get(name, "") != ""]:
             result |= {"scored": len(scores), name: sum(scores) / len(scores)}
     last = table if names[1:] or failed else data.output_path(out, names[0], outputs[-1])
     if str(out) != "-":
-        print_result(args, f"{data.format_table([result])}\n{last}",
-                     result | {"failed": [*failed.values()]})
+        print_result(args, f"{data.format_table([result])}\n{last}", result | {"failed": failed})
     if failed:
-        raise UserError(f"images that could not be read: {len(failed)} of {len(names)}:",
-                        *list(failed.values())[:5])
+        raise UserError(f"images could not be read: {len(failed)} of {len(names)}:", *failed[:5])
 
 def compare(args):
-    """Draws the curves of several runs into one image and prints a table of their results."""
-    folders, histories, rows = [Path(folder).resolve() for folder in args.runs], {}, []
-    for folder, name in zip(folders, data.unique_names([folder.name for folder in folders])):
-        table, path = folder / "metrics.csv", folder / "test.json"
-        config = json.loads((folder / "config.json").read_text()) if table.is_file() else {}
-        if "class_names" not in config:
-            raise UserError(f"{folder} is no run with a finished epoch, or of an older version")
-        histories[name] = history = [{key: json.loads(value) for key, value in row.items()}
-                                     for row in csv.DictReader(table.read_text().splitlines())]
-        metric, model = score_names(config["class_names"])[0], build_model(config, "meta")
-        best = max(history, key=lambda row: row[f"val_{metric}"])
+    """Scores runs on the same split; draws their curves, the same images by each, and a table."""
+    out, folders = Path(args.out), [Path(folder).resolve() for folder in args.runs]
+    if out.suffix:
+        raise UserError(f"{out} looks like a file; --out names a folder, such as comparison")
+    histories, models, scores, rows = {}, {}, [], []
+    for folder, run in zip(folders, data.unique_names([folder.name for folder in folders])):
+        last, models[run] = load_checkpoint(folder, "last.pt"), load_with_split(args, folder)
+        config, histories[run] = last["config"], last["history"]
+        names, (_, confusion) = config["class_names"], evaluate(*models[run])
+        metric, metrics = score_names(names)[0], layers.compute_metrics(confusion, names)
+        scores.append(image_scores(confusion, names))
         rows.append({
-            "run": name, "parameters": sum(p.numel() for p in model.parameters()),
-            "best_epoch": best["epoch"], f"val_{metric}": best[f"val_{metric}"],
-            f"test_{metric}": json.loads(path.read_text())[metric] if path.is_file() else None,
-            "seconds": sum(row["seconds"] for row in history)})
-        if rows[0].keys() != rows[-1].keys():
-            raise UserError("runs of two classes do not compare with runs of more: metrics differ")
-    data.draw_curves(args.out, histories, metric)
-    print_result(args, f"{data.format_table(rows)}\n{args.out}", {"runs": rows, "out": args.out})
+            "run": run, "model": config["model"], "width": config["width"],
+            **layer_table(config)[1], "size": "×".join(map(str, config["size"])),
+            "epochs": len(histories[run]), "data": Path(config["data"]).name,
+            f"best_val_{metric}": max(row[f"val_{metric}"] for row in histories[run]),
+            **{f"{args.split}_{name}": metrics[name] for name in score_names(names)},
+            "minutes": sum(row["seconds"] for row in histories[run]) / 60,
+            "machine": f"{config['device']}, {config['processes']} × {config['threads']} threads"})
+    if len({(*row, *split.names) for row, (_, split) in zip(rows, models.values())}) > 1:
+        raise UserError(f"these runs do not compare: other {args.split} images, or other metrics; "
+                        "--data names what to score all on")
+    mean, spread = torch.stack(scores).mean(dim=0), torch.stack(scores).var(dim=0, correction=0)
+    chosen = torch.cat((mean.argsort()[:2], spread.argsort()[-2:],  # the worst, the most different
+                        torch.linspace(0, len(mean) - 1, 4).long()))  # and four others
+    draw_samples(out / "predictions.png", models, chosen.unique())
+    data.draw_curves(out / "curves.png", histories, metric)
+    table = data.format_table(rows)
+    data.write_text(out / "table.md", table)
+    print_result(args, f"{table}\n{out}/", {"runs": rows, "out": args.out})
 
 # ------------------------------------------------------------------- data, summary, export, bench
 def manage_data(args):
@@ -876,9 +873,9 @@ def manage_data(args):
     dataset = load_dataset(DEFAULTS | vars(args) | {"data": choice, "random_split": {}}, args.url)
     errors, notes, fractions = data.verify(dataset)
     rows = [{"split": "images"} | {s: len(samples) for s, samples in dataset.splits.items()},
-            {"split": "errors"} | {s: len(errors[s]) for s in errors}]
-    rows += [{"split": f"fraction of {name}"} | {s: float(fractions[s][i]) for s in errors}
-             for i, name in enumerate(dataset.class_names)]
+            {"split": "errors"} | {s: len(errors[s]) for s in errors},
+            *({"split": f"fraction of {name}"} | {s: float(fractions[s][i]) for s in errors}
+              for i, name in enumerate(dataset.class_names))]
     errors = sum(errors.values(), [])
     about = {"folder": str(dataset.folder), "layout": dataset.layout}
     print_result(args, "\n".join([": ".join(about.values()), data.format_table(rows), *notes]),
@@ -888,28 +885,32 @@ def manage_data(args):
                         *[error.args[0] for error in errors[:5]], *errors[0].args[1:])
 
 @torch.no_grad()
-def summary(args):
-    """Prints each innermost layer's output, parameters and multiply-adds."""
-    rows = []
-    def hook(layer, inputs, output):
+def layer_table(config):
+    """A row for each innermost layer: its output, parameters, multiply-adds; and their sums."""
+    rows, model = [], build_model(config, "meta")  # shapes without numbers
+    def hook(name, layer, inputs, output):
         kind = type(layer).__name__
         # a convolution works for each output pixel, a transposed one for each input pixel
         pixels = (inputs[0] if kind == "TransposedConv" else output)[0, 0].numel()
-        rows.append({"layer": layer.name, "kind": kind,
+        rows.append({"layer": name, "kind": kind,
                      "output": "×".join(map(str, output.shape[1:])),
                      "parameters": sum(p.numel() for p in layer.parameters()),
                      "multiply_adds": pixels * layer.weight.numel() if "Conv" in kind else 0})
 
-    with torch.device("meta"):  # shapes without numbers
-        model = layers.MODELS[args.model](width=args.width, upsample=args.upsample)
-        for name, layer in model.named_modules():
-            if not list(layer.children()):
-                layer.name = name
-                layer.register_forward_hook(hook)
-        model(torch.zeros(1, 3, *args.size))
-    total = {name: sum(row[name] for row in rows) for name in ("parameters", "multiply_adds")}
+    for name, layer in model.named_modules():
+        if not list(layer.children()):
+            layer.register_forward_hook(lambda *args, name=name: hook(name, *args))
+    model(torch.zeros(1, 3, *config["size"], device="meta"))
+    return rows, {name: sum(row[name] for row in rows) for name in ("parameters", "multiply_adds")}
+
+def summary(args):
+    """Prints the layers of a model, as `train` would make it here."""
+    config = resolve_config(vars(args), pick_device(args.device))
+    rows, total = layer_table(config | {"class_names": ["background", "pet"]})
     table = data.format_table([*rows, {"layer": "all", "kind": args.model, "output": "", **total}])
-    print_result(args, table, {"model": args.model, **total, "layers": rows})
+    text = f"{table}\nwidth {config['width']}, size {config['size']}: what train takes here"
+    about = {name: config[name] for name in ("model", "width", "size")}
+    print_result(args, text, about | total | {"layers": rows})
 
 @torch.no_grad()
 def export(args):
@@ -929,19 +930,6 @@ def export(args):
     print_result(args, f"{out}: images (B, 3, H, W) in 0..1 to probabilities, H and W multiples of "
                  f"32 from 64 up, best {notes['size']}", {"out": str(out), **notes})
 
-def without_tricks(config, model, samples):
-    """What one usually writes: fp32, contiguous memory, torch's transposed convolution, batch norms
-    of their own, each image read from its file every time."""
-    def read_batch(split, indices, device):
-        pairs = [data.read_pair(samples[i], config["size"]) for i in indices]
-        images, labels = (torch.from_numpy(np.stack(part)).to(device) for part in zip(*pairs))
-        return data.to_float_nchw(images).contiguous(), labels
-
-    config["precision"] = "fp32"
-    model.to(memory_format=torch.contiguous_format)
-    data.get_batch, layers.fuse_conv_bn = read_batch, lambda model, dtype: model.eval()
-    layers.TransposedConv.forward = torch.nn.ConvTranspose2d.forward
-
 def bench(args):
     """Measures images per second in training and inference, and peak memory in GB."""
     device = pick_device(args.device)
@@ -950,8 +938,17 @@ def bench(args):
     config["class_names"] = dataset.class_names
     split = data.open_split(dataset, "train", config["size"], config["root"])
     split, model = data.to_gpu(split, device), build_model(config).to(device)
-    if args.baseline:
-        without_tricks(config, model, dataset.splits["train"])
+
+    def read_batch(split, indices, device):  # each image from its file, every time
+        pairs = [data.read_pair(dataset.splits["train"][i], config["size"]) for i in indices]
+        images, labels = (torch.from_numpy(np.stack(part)).to(device) for part in zip(*pairs))
+        return data.to_float_nchw(images).contiguous(), labels
+
+    if args.baseline:  # what one usually writes: fp32, with torch's own layers and memory layout
+        config["precision"] = "fp32"
+        model.to(memory_format=torch.contiguous_format)
+        data.get_batch, layers.fuse_conv_bn = read_batch, lambda model, dtype: model.eval()
+        layers.TransposedConv.forward = torch.nn.ConvTranspose2d.forward
     predictor = Predictor(copy.deepcopy(model), config, tta=False)
     optimizers, last_epoch, result = layers.make_optimizers(model, config), config["epochs"], {}
     works = {"train": lambda i: train_step(config, model, optimizers, split, i, last_epoch, 0),
@@ -965,9 +962,8 @@ def bench(args):
         result[name] = 12 * config["batch_size"] / (times[-1] - times[-13])  # after the warm-up
     if device.type == "cuda":
         result["memory"] = torch.cuda.max_memory_allocated() / 1e9
-    elif sys.platform == "linux":
-        import resource
-        result["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    elif (status := Path("/proc/self/status")).is_file():
+        result["memory"] = int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) / 1e6
     print_result(args, f"{data.format_table([result])}\nimages per second; GB", result)
 
 # ------------------------------------------------------------------- several processes, and output
@@ -1026,14 +1022,13 @@ def explain(error):
     if re.search("MemoryError|(out of|allocate|enough) memory", repr(error)):
         return "not enough memory; lower --batch-size, --size or --width"
     if isinstance(error, OSError):
-        return (f"{error}; make room, change permissions, or name another place with --out or "
-                "--root; then the same command goes on")
+        return f"{error}; make room, change permissions, or take another place: --out or --root"
     if isinstance(error, dist.DistError) or "gloo" in str(error):
         return "another process has ended, and so this one does"
 
 def main(args):
     """Runs a subcommand; turns what a user can cause into a message and an exit code."""
-    signal.signal(signal.SIGTERM, terminate)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # clears away what is half-written
     warnings.showwarning = lambda message, *_: log(f"warning: {message}")
     try:
         data.set_max_pixels(vars(args).get("max_pixels", 50_000_000))

@@ -934,7 +934,7 @@ def test_mask_overlay_and_panel():
         assert {0, 255} <= {*result[17:23, 60, 0].tolist()}  # the contour, dark beside light
     tint = np.asarray(data.overlay(photo, mask, [*TWO, "third"]))[45, 60]
     assert np.allclose(tint, 20 + 0.5 * (np.array(data.PALETTE[1]) - 20), atol=2)
-    one, many = (data.panel(photo, mask, mask * (len(names) - 1), "caption", names)
+    one, many = (data.panel(photo, "", {"truth": mask, "A": mask * (len(names) - 1)}, names)
                  for names in (TWO, ["ground", "one", "two"]))
     assert many.width == one.width and many.height > one.height  # the legend
     grid = np.asarray(data.image_grid([Image.new("RGB", (9, 9), c) for c in (RED, BLUE, RED)]))
@@ -975,11 +975,11 @@ def test_colours_change_by_their_strength(strength, means, spreads):
 
 def test_curves_run_where_the_numbers_say(tmp_path):
     rows = [{"epoch": 1 + i, "train_dice": i / 40, "val_dice": 0.75, "train_loss": 1 - i / 40,
-             "val_loss": 0.25} for i in range(41)]
+             "val_loss": 0.25, "lr": 0.1} for i in range(41)]
     for runs in ({"one epoch": rows[:1]}, {f"run {i}" * 9: rows for i in range(7)}, {"run": rows}):
         data.draw_curves(tmp_path / "curves.png", runs)
     image = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB")).astype(int)
-    for half, rises in ((image[:, :600], False), (image[:, 600:], True)):
+    for half, rises in ((image[:, :800], False), (image[:, 800:1600], True)):
         # the lowest pixel of a colour in a column is the curve's: the legend stands above it
         train, val = ({x: np.flatnonzero(column)[-1] for x, column in enumerate(near.T)
                        if column.any()}
@@ -1031,7 +1031,7 @@ def assert_same_run(*folders):
         runs.append(([value.numpy().tobytes() for part in parts for value in part.values()],
                      [row | {"seconds": 0, "images_per_second": 0}
                       for row in read_rows(folder / "metrics.csv")],
-                     [(folder / name).read_bytes() for name in ("samples.png", "worst.png")]))
+                     [(folder / name).read_bytes() for name in ("samples.png", "test-worst.png")]))
     assert runs[0] == runs[1]
 
 @pytest.fixture(scope="session")
@@ -1053,9 +1053,9 @@ def test_train_and_eval(model, trained, root, tmp_path):
     folder = trained[model]
     rows, result = read_rows(folder / "metrics.csv"), json.loads((folder / "test.json").read_text())
     assert folder.parent == root / "2" and folder.name.startswith(f"toy-pets-{model}-")
-    assert {path.name for path in folder.iterdir()} == {
-        "config.json", "metrics.csv", "last.pt", "previous.pt", "best.pt", "epoch-1.pt",
-        "epoch-2.pt", "curves.png", "samples.png", "test.json", "worst.png"}
+    assert {path.name for path in folder.iterdir()} == {"config.json", "metrics.csv", "last.pt",
+        "previous.pt", "best.pt", "epoch-1.pt", "epoch-2.pt", "curves.png", "samples.png",
+        "test.json", "test-worst.png", "test-breeds.csv", "test-confusion.png"}
     scores = [float(row["val_dice"]) for row in rows]
     best = 1 + scores.index(max(scores))
     assert len(rows) == 2
@@ -1067,9 +1067,9 @@ def test_train_and_eval(model, trained, root, tmp_path):
         assert {w.dtype for w in weights.values() if w.dim() == 1} == {torch.float32}  # variances
     words = ("--ckpt", folder, "--root", root, "--out")
     again = answer("eval", *words, tmp_path / "eval")
-    assert sorted(files(tmp_path / "eval")) == ["test.json", "worst.png"]
+    assert len(files(tmp_path / "eval")) == 4  # test.json, and three beside it
     assert again == result | {"checkpoint": str(folder)}
-    assert result["images"] == sum(breed["images"] for breed in again["breeds"].values()) == 10
+    assert result["images"] == sum(breed["images"] for breed in again["breeds"]) == 10
     shown = answer("infer", *words, tmp_path / "infer", "--threshold", 1)  # no pixel is so sure
     assert (shown["images"], shown["dice"]) == (10, 0)
     assert len(list(tmp_path.glob("infer/*_panel.jpg"))) == 10
@@ -1319,7 +1319,7 @@ def test_init_from_takes_all_weights_but_a_head_of_other_classes(trained, root, 
         assert all(torch.equal(last["model"][name], weight.float())
                    for name, weight in given["weights"].items() if not re.search(other, name))
     assert [row["class"] for row in result["classes"]] == ["background", "cat", "dog"]
-    assert "metrics differ" in refused("compare", folder, trained["unet"], *words[2:])
+    assert "do not compare" in refused("compare", folder, trained["unet"], *words[2:])
     os.remove(best)  # a resumed run has no need of it
     run("train", "--resume", folder, "--epochs", 2)
 
@@ -1465,7 +1465,7 @@ def test_backgrounds_and_crops(tmp_path):
     cut.paste((200, 100, 0, 255), (40, 20, 60, 50))
     cut.paste((200, 100, 0, 127), (40, 10, 60, 20))
     Image.new("RGB", (400, 120), "blue").save(tmp_path / "a.png")
-    for text, *rgb in ("lime", 0, 255, 0), ("#336699", 51, 102, 153), (tmp_path / "a.png", 0, 0, 255):
+    for text, *rgb in ("lime", 0, 255, 0), ("#369", 51, 102, 153), (tmp_path / "a.png", 0, 0, 255):
         image = np.asarray(data.finish_cutout(cut, data.read_background(text)))
         assert image.shape == (60, 100, 3) and image[0, 0].tolist() == rgb
         assert image[30, 50].tolist() == [200, 100, 0]
@@ -1566,13 +1566,13 @@ def test_the_weights_that_come_with_the_program(model, largest, tmp_path):
 
 def test_compare_keeps_runs_apart(trained, tmp_path):
     folders = [shutil.copytree(trained["unet"], tmp_path / f"lr-0.0{i}") for i in (1, 2)]
-    words = ("compare", *folders, trained["resnet34_unet"], "--out", tmp_path / "a.png")
-    table = run(*words).stdout
+    words = ("compare", *folders, trained["resnet34_unet"], "--out", tmp_path / "a")
     for row, folder in zip(answer(*words)["runs"], words[1:4], strict=True):
         assert row["test_dice"] == json.loads((folder / "test.json").read_text())["dice"]
-        assert row["run"] == folder.name and f"\n{folder.name} " in table
-    (folders[0] / "config.json").write_text('{"model": "unet", "labels": []}')
-    assert "older version" in refused(*words)
+        assert f"\n| {folder.name} " in (tmp_path / "a/table.md").read_text()
+        assert row["run"] == folder.name and row["parameters"] > 1000 < row["multiply_adds"]
+    assert sorted(files(tmp_path / "a")) == ["curves.png", "predictions.png", "table.md"]
+    assert "looks like a file" in refused(*words[:-1], tmp_path / "a.png")
 
 def test_without_the_pets_auto_takes_the_toys(toys, tmp_path):
     shutil.copytree(toys, tmp_path / data.TOYS)
@@ -1587,7 +1587,7 @@ def test_without_the_pets_auto_takes_the_toys(toys, tmp_path):
 def test_summary_and_bench(root):
     for model, parameters, first in (("unet", 31_037_633, 64 * 3 * 9 * 256**2),
                                      ("resnet34_unet", 24_451_585, 64 * 3 * 49 * 128**2)):
-        table = answer("summary", model)
+        table = answer("summary", model, "--width", 64, "--size", 256)
         assert sum(row["parameters"] for row in table["layers"]) == parameters
         assert table["parameters"] == parameters and table["layers"][0]["multiply_adds"] == first
     for words in (), ("--baseline",):
@@ -1682,7 +1682,7 @@ def test_no_bit_of_a_checkpoint_flips_unseen(trained, tmp_path):
     ("eval --ckpt {run}/last.pt", "not the best.pt of a run.*last.pt is for --resume"),
     ("infer --ckpt {folder}/nowhere.pt {folder}", "no checkpoint.*nowhere.pt"),
     ("infer --ckpt {run} {folder} --save drawing", "mask, overlay, cutout, panel, not drawing"),
-    ("compare {folder}/own", "own is no run"),
+    ("compare {folder}/own", "no checkpoint .*own/last.pt"),
     ("data check {toys} --max-pixels 99", "cannot be used: 50:\n  .*--max-pixels"),
     ("export --ckpt {folder}/nowhere.pt", "out must end in .pt2"),
     ("infer --save cutout --out {folder}/cat.jpg {folder}/own/images/0.png", "--background white"),
