@@ -573,7 +573,7 @@ def get_pets(root, url, archives=PETS_MD5, retry_delays=(1, 2, 4, 8, 16)):
     folder = Path(root) / PETS
     for name, md5 in archives.items():
         archive, content = folder / name, folder / name.removesuffix(".tar.gz")
-        if content.is_dir():
+        if any(content.glob("*")):  # an empty folder is not the data
             continue
         folder.mkdir(parents=True, exist_ok=True)
         download(f"{url.rstrip('/')}/{name}", archive, retry_delays)

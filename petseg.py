@@ -870,6 +870,10 @@ def compare(args):
 def manage_data(args):
     """Downloads the pets, draws the toys, or reads all of a dataset and says what is wrong."""
     choice = {"get": "pets", "toy": "toy"}.get(args.action, args.data or "auto")
+    fetched = choice not in ("auto", "pets") or any(Path(args.root, data.PETS).glob("*/*"))
+    if args.action == "check" and not fetched:
+        raise UserError(f"the pets were never fetched into {args.root}; to do so: {PROGRAM} data "
+                        "get; to check other data: --data FOLDER")
     dataset = load_dataset(DEFAULTS | vars(args) | {"data": choice, "random_split": {}}, args.url)
     errors, notes, fractions = data.verify(dataset)
     rows = [{"split": "images"} | {s: len(samples) for s, samples in dataset.splits.items()},
