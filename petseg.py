@@ -666,6 +666,8 @@ def restore(run, model, ema_model, optimizers, last, folder):
                            (last["model"], last["ema"], *last["optimizers"])):
         part.load_state_dict(state)
     vars(run).update({name: last[name] for name in vars(run)})
+    for name in ("test.json", "val.json"):
+        (folder / name).unlink(missing_ok=True)  # it is of fewer epochs
 
 def init_from(model, config):
     """Starts from the weights of a best.pt; where it has other classes, the head stays random."""
@@ -872,8 +874,7 @@ def manage_data(args):
     choice = {"get": "pets", "toy": "toy"}.get(args.action, args.data or "auto")
     fetched = choice not in ("auto", "pets") or any(Path(args.root, data.PETS).glob("*/*"))
     if args.action == "check" and not fetched:
-        raise UserError(f"the pets were never fetched into {args.root}; to do so: {PROGRAM} data "
-                        "get; to check other data: --data FOLDER")
+        raise UserError(f"the pets were never fetched into {args.root}; {PROGRAM} data get does it")
     dataset = load_dataset(DEFAULTS | vars(args) | {"data": choice, "random_split": {}}, args.url)
     errors, notes, fractions = data.verify(dataset)
     rows = [{"split": "images"} | {s: len(samples) for s, samples in dataset.splits.items()},
