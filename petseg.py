@@ -580,11 +580,12 @@ def resolve_config(options, device):
 
 def log_start(folder, config, last, device):
     """Says what runs where, notes it in the config, and warns where it is slower or not exact."""
-    commit = subprocess.getoutput(f'git -C "{Path(__file__).parent}" rev-parse HEAD 2>{os.devnull}')
+    git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, text=True,
+                         capture_output=True)
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     config |= {"device": name, "threads": torch.get_num_threads(), "processes": WORLD_SIZE,
                "system": sys.platform, "python": sys.version,
-               "torch": str(torch.__version__), "commit": commit or None}
+               "torch": str(torch.__version__), "commit": git.stdout.strip() or None}
     verb, threads = "resuming" if last else "training", config["threads"]
     log(f"{verb} {folder} on {name}, processes × threads: {WORLD_SIZE} × {threads}")
     if last and any(last["config"][key] != config[key] for key in ("threads", "processes")):
@@ -857,8 +858,7 @@ def compare(args):
             "minutes": sum(row["seconds"] for row in histories[run]) / 60,
             "machine": f"{config['device']}, {config['processes']} × {config['threads']} threads"})
     if len({(*row, *split.names) for row, (_, split) in zip(rows, models.values())}) > 1:
-        raise UserError(f"these runs do not compare: other {args.split} images, or other metrics; "
-                        "--data names what to score all on")
+        raise UserError(f"these runs do not compare: {args.split} images or metrics differ; see --data")
     mean, spread = torch.stack(scores).mean(dim=0), torch.stack(scores).var(dim=0, correction=0)
     chosen = torch.cat((mean.argsort()[:2], spread.argsort()[-2:],  # the worst, the most different
                         torch.linspace(0, len(mean) - 1, 4).long()))  # and four others
