@@ -858,7 +858,7 @@ def compare(args):
             "minutes": sum(row["seconds"] for row in histories[run]) / 60,
             "machine": f"{config['device']}, {config['processes']} × {config['threads']} threads"})
     if len({(*row, *split.names) for row, (_, split) in zip(rows, models.values())}) > 1:
-        raise UserError(f"these runs do not compare: {args.split} images or metrics differ; see --data")
+        raise UserError("these runs do not compare: images or metrics differ; maybe --data FOLDER")
     mean, spread = torch.stack(scores).mean(dim=0), torch.stack(scores).var(dim=0, correction=0)
     chosen = torch.cat((mean.argsort()[:2], spread.argsort()[-2:],  # the worst, the most different
                         torch.linspace(0, len(mean) - 1, 4).long()))  # and four others
