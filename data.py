@@ -421,9 +421,8 @@ def scan_image_and_mask_folders(folder, random_split):
     folders = {Path(str(path.relative_to(folder)).lower()): path for path in sorted(folders)}
 
     def find(names, splits):
-        places = [place for name in names for split in splits
-                  for place in (Path(split, name), Path(name, split)) if place in folders]
-        return folders[places[0]] if places else None
+        return next((folders[place] for name in names for split in splits for place in (
+            Path(split, name), Path(name, split)) if place in folders), None)
 
     pairs = {split: pair for split, names in SPLIT_FOLDERS.items()
              if all(pair := (find(IMAGE_FOLDERS, names), find(MASK_FOLDERS, names)))}
@@ -481,19 +480,19 @@ def match_pairs(images, masks, classes):
             warnings.warn(f"{len(rest)} {kind} are left out, such as {next(iter(rest.values()))}")
     return samples
 
-# a line of classes.txt: VALUE NAME, R G B NAME, or NAME
-CLASS_LINE = re.compile(r"(?:(\d+)[\s,]+(?:(\d+)[\s,]+(\d+)[\s,]+)?)?(\S.*)")
-
 def read_classes(folder):
     """({value: label}, names) as classes.txt says. The class `background` comes first; `void` or
     `ignore` is neither learned nor scored, nor is 255 where it has no line."""
     path = folder / "classes.txt"
     if not path.is_file():
         return None, ["background", "foreground"]
-    lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    content = path.read_bytes()
+    encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    lines = content.decode(encoding, errors="replace").splitlines()
     name_of, kinds = {}, set()  # {value: name, or None for void}; how many numbers a line has
     for i, line in enumerate(filter(None, map(str.strip, lines))):
-        *numbers, name = CLASS_LINE.fullmatch(line).groups()
+        pattern = r"(?:(\d+)[\s,]+(?:(\d+)[\s,]+(\d+)[\s,]+)?)?(\S.*)"
+        *numbers, name = re.fullmatch(pattern, line).groups()
         numbers = [int(number) for number in numbers if number]
         kinds.add(len(numbers))
         if len(kinds) > 1 or max(numbers, default=0) > (255 if numbers[1:] else 65535):
@@ -734,6 +733,16 @@ def parallel_map(function, items, threads=None, errors=UserError):
     finally:
         pool.shutdown(cancel_futures=True)  # after Ctrl-C only what has begun is finished
 
+def log(text, end="\n", every_rank=False):
+    """A line on stderr, in place of an unfinished one; of several processes rank 0 writes."""
+    if every_rank or os.environ.get("RANK", "0") == "0":
+        print("\r\x1b[K" * sys.stderr.isatty() + text, end=end, file=sys.stderr, flush=True)
+
+def print_result(args, text, result):
+    """The result of a command on stdout, as text or as one line of JSON."""
+    if os.environ.get("RANK", "0") == "0":
+        print(json.dumps(result) if args.json else text, flush=True)
+
 def progress(items, title, total, done=0, unit="images", scale=1, size=lambda item: 1):
     """Yields the items, while a line on stderr says how much is done, how fast, and how long it
     will take: redrawn in a terminal; in a log, a line every 30 seconds."""
@@ -743,12 +752,11 @@ def progress(items, title, total, done=0, unit="images", scale=1, size=lambda it
         yield item
         done, now = done + size(item), time.monotonic()
         due = now - shown > (0.2 if terminal else 30) or terminal and done == total
-        if due and os.environ.get("RANK", "0") == "0":
+        if due:
             shown, speed = now, (done - first) / max(now - start, 1e-6)
             left = timedelta(0, round((total - done) / speed)) if total else "?"
-            print("\r\x1b[K" * terminal + f"{title}: {done / scale:,.0f} of "
-                  f"{(total or 0) / scale:,.0f} {unit}, {speed / scale:,.1f}/s, {left} left",
-                  end="" if terminal else "\n", file=sys.stderr, flush=True)
+            log(f"{title}: {done / scale:,.0f} of {(total or 0) / scale:,.0f} {unit}, "
+                f"{speed / scale:,.1f}/s, {left} left", "" if terminal else "\n")
 
 # ----------------------------------------------------------------------- masks, overlays, cut-outs
 # the colours of classes 1, 2, …: those of Okabe and Ito, distinct for colour-blind eyes, then the
@@ -769,6 +777,7 @@ def save_image(image, path):
     if str(path) == "-":
         return image.save(sys.stdout.buffer, "PNG", **options)
     format = Image.registered_extensions()[Path(path).suffix.lower()]
+    image = to_photo(image) if format == "JPEG" else image  # in which nothing is transparent
     with atomic_path(path) as new:
         image.save(new, format, **options)
 
@@ -926,10 +935,6 @@ def is_file_name(out):
 def output_path(out, name, output):
     """Where `infer` writes one output of an image."""
     return out if is_file_name(out) else out / f"{name}_{output}{OUTPUTS[output]}"
-
-def is_own_output(path, out):
-    """Whether an image is one that `infer` has written to the folder `out`."""
-    return out.resolve() in path.resolve().parents and path.stem.rpartition("_")[2] in OUTPUTS
 
 # ---------------------------------------------------------------------------------------- curves
 LINE_COLORS = [tuple(OKABE_ITO[i].tolist()) for i in (4, 0, 2, 5, 6, 1)]

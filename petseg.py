@@ -1,8 +1,6 @@
-"""petseg.py: the loops and the command line.
-
-Read `train_step` and `train` first; what they call stands in layers.py, in data.py, or below. On
-two cores of an AMD EPYC `train unet --data pets --epochs 11` takes 4:25 to a val Dice of 0.912.
-"""
+"""petseg.py: the loops and the command line. Read `train_step` and `train` first; what they call
+stands in layers.py, in data.py, or below. On two cores of an AMD EPYC `train unet --data pets
+--epochs 7` takes 4:24 to a val Dice of 0.903."""
 import argparse
 import os
 import shlex
@@ -55,6 +53,7 @@ OPTIONS = {
     "data": ("auto", str, "auto (the pets, or else toy pets), pets, toy, or a folder"),
     "root": ("data", str, "where downloaded data and the cache are kept"),
     "epochs": (20, COUNT, "passes over the training images"),
+    "minutes": (None, number(float, 0.01), "as many epochs as fit into that, in place of --epochs"),
     "batch_size": (None, COUNT, "of all processes together: 16, or 32 on a GPU"),
     "size": (None, image_size, "image size, S or HxW: 128, or 256 on a GPU"),
     "width": (None, number(int, 8), "channels of the first level: 64 on a GPU, else 16 or 32"),
@@ -80,7 +79,6 @@ OPTIONS = {
                "what a trimap's border is in training; class: a class of its own"),
     "classes": (None, ("pet", "species", "19", "30"), "pets: pet or species; Cityscapes: 19 or 30"),
     "class_weights": ("auto", ("auto", "none", "inverse", "sqrt"), "auto: sqrt beyond two classes"),
-    "compile": (False, bool, "use torch.compile"),
     "grad_checkpoint": (False, bool, "gradient checkpointing: less memory, a quarter more time"),
     "precision": ("auto", ("auto", "bf16", "fp32"), "auto: bfloat16 where the hardware has it"),
     "seed": (0, number(int, 0, 2**63 - 1), "of every random draw"),
@@ -149,7 +147,7 @@ def command_line():
 # parsed before torch is imported, which takes a second: --help and typing errors come at once
 ARGS = command_line().parse_args() if __name__ == "__main__" else None
 
-import contextlib
+import bisect
 import copy
 import json
 import math
@@ -169,7 +167,7 @@ import torch.nn.functional as F
 
 import data
 import layers
-from data import UserError
+from data import UserError, log, print_result
 
 # torchrun starts this program several times, and numbers the processes; rank 0 logs and writes
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -218,11 +216,11 @@ def train_step(config, model, optimizers, train_set, indices, epoch, step, class
 def train(args):
     """Trains a model from scratch, or goes on with a run; then scores the test split."""
     device = pick_device(args.device)
-    with rank0_first():  # it downloads and decodes, the others find it on disk
-        folder, config, last = open_run(args, device)
-        dataset = load_dataset(config, args.url)
-        train_set = data.open_split(dataset, "train", config["size"], config["root"])
-        val_set = data.open_split(dataset, "val", config["size"], config["root"])
+    folder, config, last = open_run(args, device)
+    dataset = load_dataset(config, args.url)
+    train_set = data.open_split(dataset, "train", config["size"], config["root"])
+    val_set = data.open_split(dataset, "val", config["size"], config["root"])
+    all_reduce(torch.zeros(1))  # all ranks have read the last checkpoint, and may write
     config |= {"random_split": dataset.random_split, "class_names": dataset.class_names}
     class_weights = layers.class_weights(
         config["class_weights"], class_frequencies(dataset, train_set, config)).to(device)
@@ -233,8 +231,11 @@ def train(args):
     model = build_model(config).to(device)
     if config["init_from"] and not last:
         init_from(model, config)
+    scored = "test" if "test" in dataset.splits else "val"  # at the end
+    if config["minutes"] and not last:
+        n = fitting_epochs(config, model, train_set, val_set, len(dataset.splits[scored]))
+        config |= resolve_config(vars(args) | {"epochs": n}, device)
     ema_model = copy.deepcopy(model) if config["ema"] else model
-    train_model = torch.compile(model) if config["compile"] else model
     optimizers = layers.make_optimizers(model, config)
 
     # where the run stands
@@ -277,8 +278,8 @@ def train(args):
             lr = layers.SCHEDULES[config["schedule"]](config, done, run.val_scores)
             for group in groups:
                 group["lr"] = lr * group["lr_scale"]
-            sums, confusion = train_step(config, train_model, optimizers, train_set,
-                                         steps[step], run.epoch, step, class_weights)
+            sums, confusion = train_step(config, model, optimizers, train_set, steps[step],
+                                         run.epoch, step, class_weights)
             run.sums += sums
             run.confusion += confusion
             if config["ema"]:
@@ -308,10 +309,9 @@ def train(args):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if signals:  # one that came after the last step
         signal.raise_signal(signals[0])
-    args.ckpt, args.out, args.threshold, args.tta = folder / "best.pt", folder, 0.5, True
-    args.data, args.root, args.precision = config["data"], config["root"], config["precision"]
-    args.split = "test" if "test" in dataset.splits else "val"
-    score_split(args)
+    score_split(argparse.Namespace(**vars(args) | {
+        "ckpt": folder / "best.pt", "out": folder, "split": scored, "threshold": 0.5, "tta": True,
+        **{name: config[name] for name in ("data", "root", "precision")}}))
 
 def evaluate(predictor, split, loss="bce_dice", class_weights=None, batch_size=32):
     """Predicts every image of a split: (mean loss, confusion matrix of each image)."""
@@ -333,6 +333,39 @@ def eval_target(config, labels):
     return data.labels_to_target(labels, border, classes=len(config["class_names"]))
 
 # ------------------------------------------------------------------- what train and evaluate call
+def fitting_epochs(config, model, train_set, val_set, scored):
+    """How many epochs fit into --minutes. A copy of the model is timed: its steps at each image
+    size, and prediction; at the end `scored` images are predicted by four views."""
+    start, model, batch = time.monotonic(), copy.deepcopy(model), config["batch_size"]
+    optimizers, predictor = layers.make_optimizers(model, config), Predictor(model, config)
+    three = config | {"epochs": 3, "progressive": 0.7}  # an epoch at 1/2, 3/4 and the full size
+    per_step = batch * config["grad_accum"]
+    step = {layers.train_image_size(three, epoch): seconds_per_batch(lambda i: train_step(
+        three, model, optimizers, train_set, i, epoch, 0)[0].cpu(), train_set, per_step)
+        for epoch in (1, 2, 3)}
+    four_views = seconds_per_batch(lambda i: predictor.logits(data.get_batch(
+        val_set, i, predictor.device)[0]).cpu(), val_set, batch) / batch
+    steps = math.ceil(len(train_set.names) * config["repeat"] / per_step)
+    val = len(val_set.names) * four_views / 4 + 1  # curves, samples, checkpoints take a second
+
+    def duration(epochs):
+        sizes = [layers.train_image_size(config | {"epochs": epochs}, e + 1) for e in range(epochs)]
+        return sum(steps * step[size] + val for size in sizes) + scored * four_views
+
+    left = 60 * config["minutes"] - (time.monotonic() - start)
+    epochs = torch.tensor(max(1, bisect.bisect(range(1, 10_001), left, key=duration)))
+    epochs = int(all_reduce(epochs, dist.ReduceOp.MIN))
+    log(f"--epochs {epochs}: about {duration(epochs) / 60:.1f} of {config['minutes']:g} minutes")
+    return epochs
+
+def seconds_per_batch(work, split, batch_size):
+    """The mean time of work(indices) for twelve batches at random, after three to warm up."""
+    times = []
+    for indices in torch.randint(len(split.names), (15, batch_size)):
+        work(indices)
+        times.append(time.perf_counter())
+    return (times[-1] - times[2]) / 12
+
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def pick_device(name):
@@ -353,7 +386,7 @@ def pick_precision(name, device):
 def load_dataset(config, url):
     """The dataset of a config; the border is a class of its own where the config says so."""
     folder = data.find_data(config["data"], config["root"], url)
-    dataset = data.scan_dataset(folder, config["classes"], config["random_split"])
+    dataset = data.scan_dataset(folder, config["classes"], config.get("random_split"))
     if config["border"] == "class":
         dataset.class_names.append("border")
     return dataset
@@ -457,21 +490,17 @@ class Predictor:
         # alpha = 4 (a · colour + b − threshold) + ½ for colours and alpha from 0 to 255
         coefficients = torch.cat((4 * a, 255 * (4 * (b - threshold) + 0.5)))
         alpha = data.alpha_from_coefficients(photo, coefficients.numpy())
-        colours = blur_fusion(image, torch.from_numpy(data.resize(alpha, size))[None] / 255)
-        f, b = ((255 * colour).byte().permute(1, 2, 0).numpy() for colour in colours)
-        background = data.to_image(b) if background == "blur" else background
-        return data.finish_cutout(data.cutout(photo, alpha, f), background, crop)
+        # where a pixel is a mixture, the colour of the foreground is that of its opaque neighbours
+        opacity = torch.from_numpy(data.resize(alpha, size))[None] / 255
+        cut = data.cutout(photo, alpha, weighted_mean(image, opacity**4, 2))
+        if background == "blur":
+            background = data.to_image(weighted_mean(image, (1 - opacity)**4, 16))
+        return data.finish_cutout(cut, background, crop)
 
-def blur_fusion(image, alpha, radii=(16, 2)):
-    """Smooth colours of foreground and background (3, H, W) with I = αF + (1 − α)B (Forte 2021,
-    "Approximate Fast Foreground Colour Estimation": a wide blur first, then a narrow one)."""
-    f = b = image
-    for radius in radii:
-        sums = layers.box_mean(torch.cat((f * alpha, alpha, b * (1 - alpha), 1 - alpha)), radius)
-        smooth_f = (sums[:3] + 1e-5 * f) / (sums[3] + 1e-5)  # f stays where a window has none
-        b = (sums[4:7] + 1e-5 * b) / (sums[7] + 1e-5)
-        f = (smooth_f + alpha * (image - alpha * smooth_f - (1 - alpha) * b)).clamp(0, 1)
-    return f, b
+def weighted_mean(image, weight, radius):
+    """The mean colours of near pixels by weight, (H, W, 3) uint8; black where all weigh 0."""
+    sums = layers.box_mean(torch.cat((image * weight, weight)), radius)
+    return (255 * sums[:3] / sums[3:].clamp(min=1e-9)).byte().permute(1, 2, 0).numpy()
 
 DIVERGED = "{} in epoch {} of {}; begin anew with a lower --lr, --grad-clip 1, or --precision fp32"
 
@@ -545,6 +574,8 @@ def open_run(args, device):
         run = os.environ.get("TORCHELASTIC_RUN_ID") or f"{datetime.now():%Y%m%d-%H%M%S-%f}"
         folder = Path(args.out, args.name or re.sub(r"\W", "-", f"{where.name}-{args.model}-{run}"))
         if not any(folder.glob("*.pt")):
+            if args.minutes and args.epochs:
+                raise UserError("--minutes settles the number of epochs; leave out --epochs")
             return folder, resolve_config(vars(args), device), None
 
     last = load_last(folder)
@@ -561,7 +592,7 @@ def resolve_config(options, device):
     """Every option of a run: what was typed, else the default that fits machine and data."""
     typed = {name: value for name, value in options.items()
              if name in DEFAULTS and value is not None}
-    config = DEFAULTS | {"random_split": {}, "command": shlex.join(["petseg.py", *sys.argv[1:]])}
+    config = DEFAULTS | {"command": shlex.join(["petseg.py", *sys.argv[1:]])}
     if "init_from" in typed:
         start = load_checkpoint(typed["init_from"])["config"]
         model = {name: start[name] for name in ("model", "width", "upsample")}
@@ -579,21 +610,17 @@ def resolve_config(options, device):
     return config | {name: value for name, value in fitting.items() if config[name] is None}
 
 def log_start(folder, config, last, device):
-    """Says what runs where, notes it in the config, and warns where it is slower or not exact."""
+    """Says what runs where, notes it in the config, and warns where it is not exact."""
     git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, text=True,
                          capture_output=True)
     name = torch.cuda.get_device_name() if device.type == "cuda" else device.type
     config |= {"device": name, "threads": torch.get_num_threads(), "processes": WORLD_SIZE,
                "system": sys.platform, "python": sys.version,
                "torch": str(torch.__version__), "commit": git.stdout.strip() or None}
-    verb, threads = "resuming" if last else "training", config["threads"]
-    log(f"{verb} {folder} on {name}, processes × threads: {WORLD_SIZE} × {threads}")
+    log(f"{'resuming' if last else 'training'} {folder} on {name}, processes × threads: "
+        f"{WORLD_SIZE} × {config['threads']}")
     if last and any(last["config"][key] != config[key] for key in ("threads", "processes")):
         log("warning: other numbers of processes or threads than before: not bit-exact any more")
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
-    free = max(1, math.floor(os.cpu_count() - load + 0.3))
-    if device.type == "cpu" and threads > free:  # an operation waits for all its threads
-        log(f"the machine is busy (load {load:.1f}); --threads {free} may be faster")
 
 def save_checkpoint(path, content, keep_as=None):
     """Writes a checkpoint so that at any moment the old or the new one is there, complete."""
@@ -643,10 +670,9 @@ def save_last(folder, run, config, model, ema_model, optimizers):
         raise UserError(DIVERGED.format("the weights are not finite", run.epoch, folder))
     if RANK == 0:
         data.write_text(folder / "config.json", json.dumps(config, indent=2))
-        save_checkpoint(folder / "last.pt", {
-            "config": config, "model": model.state_dict(), "ema": ema_model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in optimizers], **vars(run)},
-            keep_as=folder / "previous.pt")
+        state = {"model": model.state_dict(), "ema": ema_model.state_dict(),
+                 "optimizers": [optimizer.state_dict() for optimizer in optimizers], **vars(run)}
+        save_checkpoint(folder / "last.pt", {"config": config, **state}, folder / "previous.pt")
     return time.monotonic()
 
 def load_last(folder):
@@ -714,8 +740,8 @@ def load_with_split(args, path):
 
 def score_split(args):
     """Scores a split with a trained model: overall, and per class or breed; draws the worst."""
-    with rank0_first():  # in train it has written best.pt
-        predictor, split = load_with_split(args, args.ckpt)
+    all_reduce(torch.zeros(1))  # in train rank 0 has written best.pt
+    predictor, split = load_with_split(args, args.ckpt)
     names, (_, confusion) = predictor.config["class_names"], evaluate(predictor, split)
     total = {"split": args.split, **layers.compute_metrics(confusion, names)}
     kind, rows = "classes", total.pop("classes", [])
@@ -775,19 +801,17 @@ def segment_images(predictor, samples, outputs, out, background, crop):
     return rows
 
 def infer_outputs(args, out):
-    """What --save names, or what is usual; refuses what cannot go into one file."""
+    """What --save names, or what is usual; into one file goes one output of one image."""
     file = data.is_file_name(out)
     usual = "cutout" if file else "mask,overlay,cutout" if args.images else "panel"
     outputs = (args.save or usual).split(",")
     if unknown := set(outputs) - data.OUTPUTS.keys():
         raise UserError(f"--save knows {', '.join(data.OUTPUTS)}, not {', '.join(unknown)}")
     one_image = [Path(image).is_dir() for image in args.images] == [False]
-    if file and (not one_image or len(outputs) != 1 or str(out) == "-" and args.json):
-        raise UserError(f"{out} takes one output of one image, and stdout nothing else; as in "
-                        f"{PROGRAM} infer cat.jpg --out cat.png --save cutout")
-    opaque = args.background if outputs == ["cutout"] else outputs != ["mask"]
-    if file and out.suffix.lower() not in ("", ".png", ".webp", *[".jpg", ".jpeg"] * bool(opaque)):
-        raise UserError(f"{out} must end in .png, .webp, or with --background white in .jpg")
+    if file and (not one_image or len(outputs) != 1 or str(out) == "-" and args.json
+                 or out.suffix.lower() not in ("", ".png", ".webp", ".jpg", ".jpeg")):
+        raise UserError(f"{out} takes one output of one image, as png, webp or jpg, and stdout "
+                        f"nothing else; as in {PROGRAM} infer cat.jpg --out cat.png")
     return outputs
 
 def infer(args):
@@ -799,7 +823,8 @@ def infer(args):
     if args.images:  # of trimaps it is known what their values mean for a pet
         samples = [data.Sample("", path, "pet" in classes and data.find_ground_truth(path),
                                data.TRIMAP_TO_LABEL) for path in data.find_images(args.images)
-                   if not data.is_own_output(path, out)]
+                   if out.resolve() not in path.resolve().parents  # else it may be written by us
+                   or path.stem.rpartition("_")[2] not in data.OUTPUTS]
     else:
         samples = data.get_samples(eval_dataset(args, predictor.config), "test")
     names = data.unique_names([sample.image.stem for sample in samples])
@@ -875,7 +900,7 @@ def manage_data(args):
     fetched = choice not in ("auto", "pets") or any(Path(args.root, data.PETS).glob("*/*"))
     if args.action == "check" and not fetched:
         raise UserError(f"the pets were never fetched into {args.root}; {PROGRAM} data get does it")
-    dataset = load_dataset(DEFAULTS | vars(args) | {"data": choice, "random_split": {}}, args.url)
+    dataset = load_dataset(DEFAULTS | vars(args) | {"data": choice}, args.url)
     errors, notes, fractions = data.verify(dataset)
     rows = [{"split": "images"} | {s: len(samples) for s, samples in dataset.splits.items()},
             {"split": "errors"} | {s: len(errors[s]) for s in errors},
@@ -897,8 +922,7 @@ def layer_table(config):
         kind = type(layer).__name__
         # a convolution works for each output pixel, a transposed one for each input pixel
         pixels = (inputs[0] if kind == "TransposedConv" else output)[0, 0].numel()
-        rows.append({"layer": name, "kind": kind,
-                     "output": "×".join(map(str, output.shape[1:])),
+        rows.append({"layer": name, "kind": kind, "output": "×".join(map(str, output.shape[1:])),
                      "parameters": sum(p.numel() for p in layer.parameters()),
                      "multiply_adds": pixels * layer.weight.numel() if "Conv" in kind else 0})
 
@@ -913,8 +937,8 @@ def summary(args):
     config = resolve_config(vars(args), pick_device(args.device))
     rows, total = layer_table(config | {"class_names": ["background", "pet"]})
     table = data.format_table([*rows, {"layer": "all", "kind": args.model, "output": "", **total}])
-    text = f"{table}\nwidth {config['width']}, size {config['size']}: what train takes here"
     about = {name: config[name] for name in ("model", "width", "size")}
+    text = f"{table}\nwidth {config['width']}, size {config['size']}: what train takes here"
     print_result(args, text, about | total | {"layers": rows})
 
 @torch.no_grad()
@@ -955,16 +979,11 @@ def bench(args):
         data.get_batch, layers.fuse_conv_bn = read_batch, lambda model, dtype: model.eval()
         layers.TransposedConv.forward = torch.nn.ConvTranspose2d.forward
     predictor = Predictor(copy.deepcopy(model), config, tta=False)
-    optimizers, last_epoch, result = layers.make_optimizers(model, config), config["epochs"], {}
-    works = {"train": lambda i: train_step(config, model, optimizers, split, i, last_epoch, 0),
+    optimizers, epoch = layers.make_optimizers(model, config), config["epochs"]  # at full size
+    works = {"train": lambda i: train_step(config, model, optimizers, split, i, epoch, 0)[0].cpu(),
              "infer": lambda i: predictor.logits(data.get_batch(split, i, device)[0]).cpu()}
-    for name, work in works.items():
-        times = []
-        for indices in torch.randint(len(split.names), (15, config["batch_size"])):
-            work(indices)
-            getattr(torch, device.type).synchronize()
-            times.append(time.perf_counter())
-        result[name] = 12 * config["batch_size"] / (times[-1] - times[-13])  # after the warm-up
+    n = config["batch_size"]
+    result = {name: n / seconds_per_batch(work, split, n) for name, work in works.items()}
     if device.type == "cuda":
         result["memory"] = torch.cuda.max_memory_allocated() / 1e9
     elif (status := Path("/proc/self/status")).is_file():
@@ -987,15 +1006,6 @@ def all_reduce(tensor, op=dist.ReduceOp.SUM):
         dist.all_reduce(tensor, op)
     return tensor
 
-@contextlib.contextmanager
-def rank0_first():
-    """Rank 0 goes first, then the others: they find on disk what it has downloaded and built."""
-    if RANK > 0:
-        dist.barrier()
-    yield
-    if RANK == 0 and WORLD_SIZE > 1:
-        dist.barrier()
-
 def all_reduce_model(model):
     """Data-parallel training: sums gradients and averages BatchNorm statistics over ranks."""
     tensors = [p.grad for p in model.parameters()]
@@ -1003,16 +1013,6 @@ def all_reduce_model(model):
     total = all_reduce(torch.cat([tensor.flatten() for tensor in tensors]))
     for tensor, part in zip(tensors, total.split([tensor.numel() for tensor in tensors])):
         tensor.copy_(part.view_as(tensor))
-
-def log(text, every_rank=False):
-    """A line of progress or warning on stderr, in place of an unfinished status line."""
-    if RANK == 0 or every_rank:
-        print(("\r\x1b[K" if sys.stderr.isatty() else "") + text, file=sys.stderr, flush=True)
-
-def print_result(args, text, result):
-    """The result on stdout, as text or as one line of JSON."""
-    if RANK == 0:
-        print(json.dumps(result) if args.json else text, flush=True)
 
 # ------------------------------------------------------------------------------------------- main
 COMMANDS = {"train": train, "eval": score_split, "infer": infer, "compare": compare,
