@@ -5,7 +5,7 @@ and a prediction to a file: `upsample_and_argmax`, `cutout`, `save_image`. Only 
 Pillow. A size is (height, width) everywhere. What a label is:
 
     value in the mask file   label in the cache (uint8)         target of the loss
-    1 pet, 2 background      1 and 0; with species 1, 2 and 0   class index
+    1 pet, 2 background      1 and 0; by species 1 cat, 2 dog   class index
     3 border                 128 + the class that it borders    as --border says
     255, void, ignore        255                                255: neither learned nor scored
     own data                 class index, see `read_mask`       class index
@@ -79,7 +79,7 @@ def build_cache(path, samples, size, title):
         folder.mkdir()
         pairs = parallel_map(lambda sample: read_pair(sample, size), samples, errors=ImageError)
         with open(folder / "images", "wb") as images, open(folder / "labels", "wb") as labels:
-            for sample, pair in zip(samples, progress(pairs, title, len(samples))):
+            for pair, sample in zip(progress(pairs, title, len(samples)), samples):
                 if isinstance(pair, ImageError):
                     skipped.append(str(pair))
                 else:
@@ -100,8 +100,7 @@ def to_gpu(split, device):
 def get_batch(split, indices, device=torch.device("cpu")):
     """Images of a split, (B, 3, H, W) in 0..1, and their labels, (B, H, W) uint8."""
     indices = indices.to(device) if torch.is_tensor(split.images) else np.asarray(indices)
-    images, labels = (torch.as_tensor(part[indices]).to(device, non_blocking=True)
-                      for part in split[1:3])
+    images, labels = (torch.as_tensor(part[indices]).to(device) for part in split[1:3])
     return to_float_nchw(images), labels
 
 def to_float_nchw(images):
@@ -188,10 +187,10 @@ with contextlib.suppress(ImportError):  # photos of iPhones, where this package 
     import pillow_heif
     pillow_heif.register_heif_opener()
 FORMATS = {"JPEG", "PNG", "GIF", "TIFF", "BMP", "WEBP", "AVIF", "JPEG2000", "PPM", "HEIF"}
-FORMATS &= {*Image.registered_extensions().values()}  # no EPS, which would run a program
+FORMATS &= {*Image.registered_extensions().values()}  # as built; no EPS: it would run a program
 SUFFIXES = {".heic", ".heif"} | {
     suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
-warnings.filterwarnings("ignore", module="PIL")  # a file is read, or it is named
+warnings.filterwarnings("ignore", module="PIL")  # what cannot be read is an ImageError
 RGB_FLAG = 1 << 24  # a mask's colour as an integer: RGB_FLAG + 0xrrggbb
 
 Sample = namedtuple("Sample", "name image mask classes")
@@ -219,7 +218,7 @@ def open_image(path):
         raise ImageError(f"{path}: {str(error).partition(' <_io')[0]}") from None
 
 def read_image(path, size=None, mask_size=None):
-    """A photo as an upright RGB image at `size`; a JPEG is decoded at 1/8 where that is enough."""
+    """A photo as an upright RGB image at `size`; a large JPEG is decoded at 1/2 to 1/8."""
     with open_image(path) as image:
         raw_size = image.size[::-1]
         rotated = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5 and image.format != "TIFF"
@@ -240,7 +239,7 @@ def to_photo(image):
     if isinstance(image, (str, Path)):
         return read_image(image)
     image = image if isinstance(image, Image.Image) else to_image(image)
-    profile = image.info.get("icc_profile", b"") * (image.mode[:3] == "RGB")
+    profile = (image.info.get("icc_profile") or b"") * (image.mode[:3] == "RGB")
     alpha = image.info.get("alpha")  # of an image that was here before
     if image.mode.startswith(("I", "F")):  # over 8 bits
         values = np.nan_to_num(np.array(image, dtype=np.float32), posinf=0, neginf=0).clip(0)
@@ -271,7 +270,7 @@ def read_mask(path, classes):
     return np.array([classes[value] for value in known.tolist()], np.uint8)[index]
 
 def read_mask_values(path, colours=None):
-    """A mask as integers (H, W), where it has or should have colours RGB_FLAG + 0xrrggbb."""
+    """A mask as integers (H, W); colours, where it has or should have them, as RGB_FLAG + rgb."""
     with open_image(path) as image:
         if colours is None and image.mode == "P":  # a palette of black and white, in any order
             gray = np.asarray(image.convert("L"))
@@ -326,12 +325,13 @@ def read_pair(sample, size):
 
 def read_sample(sample):
     """A photo and its labels, if any, at their own size; where damaged, the photo alone."""
-    try:
-        labels = read_mask(sample.mask, sample.classes) if sample.mask else None
-        return read_image(sample.image, mask_size=sample.mask and labels.shape), labels
-    except UserError as error:
-        warnings.warn(str(error))
-        return read_image(sample.image), None
+    if sample.mask:
+        try:
+            labels = read_mask(sample.mask, sample.classes)
+            return read_image(sample.image, mask_size=labels.shape), labels
+        except UserError as error:
+            warnings.warn(str(error))
+    return read_image(sample.image), None
 
 def resize(array, size, resample="BILINEAR"):
     """An image or an array at another size, as an array."""
@@ -369,7 +369,7 @@ Dataset = namedtuple("Dataset", "folder layout class_names splits random_split")
 # "test": names} where we drew it, {} where the folder says
 
 def scan_dataset(folder, classes=None, random_split=None):
-    """Understands a folder by what lies in it. A new layout is a function like `scan_pets`."""
+    """Finds a folder's layout and its samples. A new layout is a function like `scan_pets`."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; name one with --data")
@@ -526,7 +526,7 @@ def find_images(paths):
 
 def find_ground_truth(image):
     """The trimap of a photo that lies in a folder of the pets, or None."""
-    path = Path(image).absolute().parent.parent / "annotations" / "trimaps" / f"{image.stem}.png"
+    path = image.absolute().parent.parent / "annotations" / "trimaps" / f"{image.stem}.png"
     return path if os.path.isfile(path) else None  # Path.is_file raises where a name is too long
 
 def unique_names(names):
@@ -576,11 +576,9 @@ def get_pets(root, url, archives=PETS_MD5, retry_delays=(1, 2, 4, 8, 16)):
             continue
         folder.mkdir(parents=True, exist_ok=True)
         download(f"{url.rstrip('/')}/{name}", archive, retry_delays)
-        digest = hashlib.md5(usedforsecurity=False)
-        with open(archive, "rb") as file:
-            for chunk in iter(lambda: file.read(1 << 20), b""):
-                digest.update(chunk)
-        if digest.hexdigest() != md5:
+        content_md5 = archive.stat().st_size and hashlib.md5(
+            np.memmap(archive, mode="r"), usedforsecurity=False).hexdigest()
+        if content_md5 != md5:
             archive.unlink()
             raise DownloadError(f"{archive} with a wrong checksum is deleted; try again, or --url")
         with atomic_path(content) as new, tarfile.open(archive) as tar:
@@ -751,12 +749,14 @@ def progress(items, title, total, done=0, unit="images", scale=1, size=lambda it
     for item in items:
         yield item
         done, now = done + size(item), time.monotonic()
-        due = now - shown > (0.2 if terminal else 30) or terminal and done == total
-        if due:
-            shown, speed = now, (done - first) / max(now - start, 1e-6)
-            left = timedelta(0, round((total - done) / speed)) if total else "?"
-            log(f"{title}: {done / scale:,.0f} of {(total or 0) / scale:,.0f} {unit}, "
-                f"{speed / scale:,.1f}/s, {left} left", "" if terminal else "\n")
+        if now - shown > (0.2 if terminal else 30):
+            shown, speed = now, (done - first) / (now - start)
+            of, left = "?", "?"
+            if total:
+                of, left = f"{total / scale:,.0f}", timedelta(0, round((total - done) / speed))
+            log(f"{title}: {done / scale:,.0f} of {of} {unit}, {speed / scale:,.1f}/s, {left} left",
+                "" if terminal else "\n")
+    log("", "")  # clears the line
 
 # ----------------------------------------------------------------------- masks, overlays, cut-outs
 # the colours of classes 1, 2, …: those of Okabe and Ito, distinct for colour-blind eyes, then the
@@ -776,10 +776,10 @@ def save_image(image, path):
     options = dict(quality=90, compress_type=3, icc_profile=image.info.get("icc_profile", b""))
     if str(path) == "-":
         return image.save(sys.stdout.buffer, "PNG", **options)
-    format = Image.registered_extensions()[Path(path).suffix.lower()]
-    image = to_photo(image) if format == "JPEG" else image  # in which nothing is transparent
+    kind = Image.registered_extensions()[Path(path).suffix.lower()]
+    image = to_photo(image) if kind == "JPEG" else image  # in which nothing is transparent
     with atomic_path(path) as new:
-        image.save(new, format, **options)
+        image.save(new, kind, **options)
 
 def colorize_mask(mask, class_names):
     """A mask of class indices as an image: white on black, or with the palette of the classes."""
@@ -869,7 +869,7 @@ def read_background(text):
         raise UserError(f"--background {text} is no file, no colour (white, '#ff8800'), not blur")
 
 def finish_cutout(image, background=None, crop=False):
-    """A cut-out on another image, scaled and cropped to fit; cropped to what it shows."""
+    """A cut-out on `background`, which is scaled to fit; `crop` cuts it to what it shows."""
     result, box = image, crop and image.getchannel("A").point(lambda a: 255 * (a > 25)).getbbox()
     if background:
         result = ImageOps.fit(background, image.size)
@@ -979,7 +979,7 @@ def draw_curves(path, runs, metric="dice"):
     for left, quantity in ((110, "loss"), (1310, metric), (2510, "lr")):
         draw_plot(draw, left, runs, quantity, metric)
     draw.text((1800, 1096), "thin: train, the network of each step on augmented images; bold: val, "
-              "the EMA of the weights on plain images, so it may lie above train", "black",
+              "the EMA of the weights, if any, on plain images, so it may lie above train", "black",
               font_size=24, anchor="mt")
     save_image(image.resize((2400, 760), Image.Resampling.LANCZOS), path)
 

@@ -48,12 +48,12 @@ def parse_augment(text):
 
 COUNT, AMOUNT, FRACTION = number(int, 1, 2**31), number(float, 0), number(float, 0, 1)
 # Every option: default, type or choices, help. First those of a run, its config; a new one is a
-# line here, and config["NAME"] where it matters. None depends on the machine: `resolve_config`.
+# line here, and config["NAME"] where it matters. `resolve_config` replaces None by what fits.
 OPTIONS = {
     "data": ("auto", str, "auto (the pets, or else toy pets), pets, toy, or a folder"),
     "root": ("data", str, "where downloaded data and the cache are kept"),
     "epochs": (20, COUNT, "passes over the training images"),
-    "minutes": (None, number(float, 0.01), "as many epochs as fit into that, in place of --epochs"),
+    "minutes": (None, number(float, 0.01), "instead of --epochs: as many as fit into this time"),
     "batch_size": (None, COUNT, "of all processes together: 16, or 32 on a GPU"),
     "size": (None, image_size, "image size, S or HxW: 128, or 256 on a GPU"),
     "width": (None, number(int, 8), "channels of the first level: 64 on a GPU, else 16 or 32"),
@@ -136,7 +136,7 @@ def command_line():
             f"{model} split", out="comparison")("runs", nargs="+", metavar="RUN")
     command("data", "fetch, verify, or draw the data", "data url max_pixels", root="data",
             classes=None)("action", nargs="?", choices=("get", "check", "toy"), default="check")
-    command("export", "a file for use with torch alone, and for ONNX", "ckpt", out="model.pt2")
+    command("export", "a file for use with torch alone", "ckpt", out="model.pt2")
     command("summary", "a table of layers: shape, parameters, multiply-adds",
             "device size width upsample")("model", choices=MODELS)
     command("bench", "images per second, peak memory; of the plain loop: --baseline",
@@ -220,7 +220,7 @@ def train(args):
     dataset = load_dataset(config, args.url)
     train_set = data.open_split(dataset, "train", config["size"], config["root"])
     val_set = data.open_split(dataset, "val", config["size"], config["root"])
-    all_reduce(torch.zeros(1))  # all ranks have read the last checkpoint, and may write
+    all_reduce(torch.zeros(1))  # a barrier: rank 0 may write when all have read last.pt
     config |= {"random_split": dataset.random_split, "class_names": dataset.class_names}
     class_weights = layers.class_weights(
         config["class_weights"], class_frequencies(dataset, train_set, config)).to(device)
@@ -233,15 +233,16 @@ def train(args):
         init_from(model, config)
     scored = "test" if "test" in dataset.splits else "val"  # at the end
     if config["minutes"] and not last:
-        n = fitting_epochs(config, model, train_set, val_set, len(dataset.splits[scored]))
-        config |= resolve_config(vars(args) | {"epochs": n}, device)
+        test_set = data.open_split(dataset, scored, config["size"], config["root"])  # cached now
+        epochs = epochs_in_minutes(config, model, train_set, val_set, len(test_set.names))
+        config |= resolve_config(vars(args) | {"epochs": epochs}, device)
     ema_model = copy.deepcopy(model) if config["ema"] else model
     optimizers = layers.make_optimizers(model, config)
 
     # where the run stands
     run = argparse.Namespace(
         epoch=1, step=0, seconds=0.0, history=[], val_scores=[], train_images=train_set.names,
-        sums=torch.zeros(4), confusion=torch.zeros(2 * [len(config["class_names"])]).long())
+        sums=torch.zeros(4), confusion=torch.zeros(2 * [len(dataset.class_names)]).long())
     if RANK == 0 and data.take_lock(folder, wait=False) is None:
         raise UserError(f"another process is training in {folder}; stop it, or wait for its end")
     if last:
@@ -253,7 +254,7 @@ def train(args):
     if run.epoch > config["epochs"]:
         log("it is finished; --epochs prolongs it, another --name begins a new run")
     saved = save_last(*checkpoint)  # at once, so that a full disk shows now
-    progress, signals = layers.epoch_progress(config), catch_signals()
+    epoch_starts, signals = layers.epoch_progress(config), catch_signals()
 
     while run.epoch <= config["epochs"]:
         start = time.monotonic() - run.seconds
@@ -274,7 +275,7 @@ def train(args):
                     f"--resume {shlex.quote(str(folder))}")
                 raise SystemExit(128 + signum)
 
-            done = layers.value_at(progress, run.epoch - 1 + (step + 0.5) / len(steps))
+            done = layers.value_at(epoch_starts, run.epoch - 1 + (step + 0.5) / len(steps))
             lr = layers.SCHEDULES[config["schedule"]](config, done, run.val_scores)
             for group in groups:
                 group["lr"] = lr * group["lr_scale"]
@@ -287,7 +288,7 @@ def train(args):
                                   (run.epoch - 1) * len(steps) + step)
             run.seconds = time.monotonic() - start
 
-        predictor = Predictor(ema_model, config, tta=False)  # 1.8 s for the pets' val, else 7
+        predictor = Predictor(ema_model, config, tta=False)  # 1.8 s for the pets' val; with TTA 7
         best = finish_epoch(folder, run, config, lr,
                             *evaluate(predictor, val_set, config["loss"], class_weights))
         if RANK == 0:
@@ -333,24 +334,23 @@ def eval_target(config, labels):
     return data.labels_to_target(labels, border, classes=len(config["class_names"]))
 
 # ------------------------------------------------------------------- what train and evaluate call
-def fitting_epochs(config, model, train_set, val_set, scored):
-    """How many epochs fit into --minutes. A copy of the model is timed: its steps at each image
-    size, and prediction; at the end `scored` images are predicted by four views."""
+def epochs_in_minutes(config, model, train_set, val_set, n_test):
+    """How many epochs --minutes leaves time for. A copy of the model is timed: its steps at each
+    image size, and its prediction by four views, as of `n_test` images at the end."""
     start, model, batch = time.monotonic(), copy.deepcopy(model), config["batch_size"]
     optimizers, predictor = layers.make_optimizers(model, config), Predictor(model, config)
-    three = config | {"epochs": 3, "progressive": 0.7}  # an epoch at 1/2, 3/4 and the full size
-    per_step = batch * config["grad_accum"]
-    step = {layers.train_image_size(three, epoch): seconds_per_batch(lambda i: train_step(
-        three, model, optimizers, train_set, i, epoch, 0)[0].cpu(), train_set, per_step)
-        for epoch in (1, 2, 3)}
-    four_views = seconds_per_batch(lambda i: predictor.logits(data.get_batch(
-        val_set, i, predictor.device)[0]).cpu(), val_set, batch) / batch
-    steps = math.ceil(len(train_set.names) * config["repeat"] / per_step)
-    val = len(val_set.names) * four_views / 4 + 1  # curves, samples, checkpoints take a second
+    timed = config | {"epochs": 3, "progressive": 0.7}  # an epoch at 1/2, 3/4 and the full size
+    images = batch * config["grad_accum"]
+    step_time = {layers.train_image_size(timed, e): seconds_per_batch(lambda i: train_step(
+        timed, model, optimizers, train_set, i, e, 0)[0], train_set, images) for e in (1, 2, 3)}
+    image_time = seconds_per_batch(lambda i: predictor.logits(data.get_batch(
+        val_set, i, predictor.device)[0]), val_set, batch) / batch / WORLD_SIZE
+    steps = math.ceil(len(train_set.names) * config["repeat"] / images)
+    val_time = len(val_set.names) * image_time / 4 + 1  # a second for curves and files
 
     def duration(epochs):
         sizes = [layers.train_image_size(config | {"epochs": epochs}, e + 1) for e in range(epochs)]
-        return sum(steps * step[size] + val for size in sizes) + scored * four_views
+        return sum(steps * step_time[size] + val_time for size in sizes) + n_test * image_time
 
     left = 60 * config["minutes"] - (time.monotonic() - start)
     epochs = torch.tensor(max(1, bisect.bisect(range(1, 10_001), left, key=duration)))
@@ -362,7 +362,7 @@ def seconds_per_batch(work, split, batch_size):
     """The mean time of work(indices) for twelve batches at random, after three to warm up."""
     times = []
     for indices in torch.randint(len(split.names), (15, batch_size)):
-        work(indices)
+        work(indices).cpu()  # waits for a GPU
         times.append(time.perf_counter())
     return (times[-1] - times[2]) / 12
 
@@ -476,15 +476,15 @@ class Predictor:
 
     def cutout(self, photo, background=None, crop=False):
         """The foreground with a soft edge (docs/cutouts.md): RGBA, or RGB on an image or "blur"."""
-        photo, probs, _, clean = self.segment(photo)
+        photo, *_, clean = self.segment(photo)
         threshold, names = self.threshold, self.config["class_names"]
         scale = min(1, 96 / max(photo.size))
         size = tuple(max(1, round(n * scale)) for n in photo.size[::-1])
         image = torch.from_numpy(data.resize(photo, size)).permute(2, 0, 1) / 255
-        p = torch.from_numpy(data.resize(clean[0], size))[None]
-        p = p if len(probs) == 1 else 1 - p
+        foreground = clean[0] if len(clean) == 1 else 1 - clean[0]  # of several, all but class 0
+        p = torch.from_numpy(data.resize(foreground, size))[None]
         if self.config["border"] == "foreground" and names[1:] in (["pet"], ["cat", "dog"]):
-            # the network has learned to keep a trimap's border: go from its rim to its middle
+            # the network has learned to keep a trimap's border: erode, from its rim to its middle
             p, threshold = -F.max_pool2d(-p, 5, 1, 2), 0.65 * threshold
         a, b = layers.guided_filter(image, p, radius=2).split((3, 1))
         # alpha = 4 (a · colour + b − threshold) + ½ for colours and alpha from 0 to 255
@@ -580,7 +580,7 @@ def open_run(args, device):
 
     last = load_last(folder)
     old = last["config"]
-    resolved = {"data": "auto", "precision": "auto"}  # when the run began
+    resolved = {"data": "auto", "precision": "auto"}  # settled when the run began
     changed = {name: value for name, value in vars(args).items()
                if name in DEFAULTS and value not in (None, old[name], resolved.get(name))}
     for name in changed.keys() - RESUME_OVERRIDES:
@@ -665,7 +665,7 @@ def load_checkpoint(path, kind="best.pt", device="cpu"):
 
 def save_last(folder, run, config, model, ema_model, optimizers):
     """Writes last.pt and keeps the one before as previous.pt; returns the time."""
-    # what was ever infinite in the model is so in its EMA
+    # an inf or nan that was ever in the model stays in its EMA
     if not all(value.isfinite().all() for value in ema_model.state_dict().values()):
         raise UserError(DIVERGED.format("the weights are not finite", run.epoch, folder))
     if RANK == 0:
@@ -740,7 +740,7 @@ def load_with_split(args, path):
 
 def score_split(args):
     """Scores a split with a trained model: overall, and per class or breed; draws the worst."""
-    all_reduce(torch.zeros(1))  # in train rank 0 has written best.pt
+    all_reduce(torch.zeros(1))  # a barrier: at the end of train rank 0 has written best.pt
     predictor, split = load_with_split(args, args.ckpt)
     names, (_, confusion) = predictor.config["class_names"], evaluate(predictor, split)
     total = {"split": args.split, **layers.compute_metrics(confusion, names)}
@@ -784,20 +784,20 @@ def segment_images(predictor, samples, outputs, out, background, crop):
             masks["ground truth"] = target[0].numpy()
             metrics = layers.compute_metrics(confusion, names)
         masks["prediction"] = mask
-        images = {"mask": predictor.mask, "overlay": predictor.overlay,
+        render = {"mask": predictor.mask, "overlay": predictor.overlay,
                   "cutout": lambda result: predictor.cutout(result, background, crop),
                   "panel": lambda result: data.panel(result.photo, "photo", masks, names)}
         for output in outputs:
-            data.save_image(images[output](result), data.output_path(out, name, output))
-        pixels, box = data.to_image(mask).histogram(), data.to_image(mask).getbbox()
+            data.save_image(render[output](result), data.output_path(out, name, output))
+        counts, box = data.to_image(mask).histogram(), data.to_image(mask).getbbox()
         if not box:
             log(f"no {' or '.join(names[1:])} found in {path}")
         probs = result.probs if len(names) > 2 else np.stack((1 - result.probs, result.probs))
         rows[name] = {"file": path, "output": name,
-                      **{f"fraction of {name}": n / mask.size for name, n in zip(names, pixels)},
+                      **{f"fraction of {c}": n / mask.size for c, n in zip(names, counts)},
                       **dict(zip(("left", "top", "right", "bottom"), box or ("",) * 4)),
                       "confidence": float(probs.max(axis=0).mean()),
-                      **{name: metrics[name] for name in score_names(names) if metrics}}
+                      **{metric: metrics[metric] for metric in score_names(names) if metrics}}
     return rows
 
 def infer_outputs(args, out):
@@ -848,7 +848,7 @@ def infer(args):
     finally:
         failed = [str(row) for row in rows.values() if isinstance(row, UserError)]
         rows = [row for row in rows.values() if not isinstance(row, UserError)]
-        if not data.is_file_name(out):
+        if rows and not data.is_file_name(out):
             data.write_csv(table, rows)
 
     result = {"out": str(out), "images": len(names) - len(failed),
@@ -856,7 +856,7 @@ def infer(args):
     for name in score_names(classes):
         if scores := [float(row[name]) for row in rows if row.get(name, "") != ""]:
             result |= {"scored": len(scores), name: sum(scores) / len(scores)}
-    last = table if names[1:] or failed else data.output_path(out, names[0], outputs[-1])
+    last = data.output_path(out, names[0], outputs[-1]) if len(rows) == len(names) == 1 else out
     if str(out) != "-":
         print_result(args, f"{data.format_table([result])}\n{last}", result | {"failed": failed})
     if failed:
@@ -980,14 +980,14 @@ def bench(args):
         layers.TransposedConv.forward = torch.nn.ConvTranspose2d.forward
     predictor = Predictor(copy.deepcopy(model), config, tta=False)
     optimizers, epoch = layers.make_optimizers(model, config), config["epochs"]  # at full size
-    works = {"train": lambda i: train_step(config, model, optimizers, split, i, epoch, 0)[0].cpu(),
-             "infer": lambda i: predictor.logits(data.get_batch(split, i, device)[0]).cpu()}
+    works = {"train": lambda i: train_step(config, model, optimizers, split, i, epoch, 0)[0],
+             "infer": lambda i: predictor.logits(data.get_batch(split, i, device)[0])}
     n = config["batch_size"]
     result = {name: n / seconds_per_batch(work, split, n) for name, work in works.items()}
     if device.type == "cuda":
         result["memory"] = torch.cuda.max_memory_allocated() / 1e9
     elif (status := Path("/proc/self/status")).is_file():
-        result["memory"] = int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) / 1e6
+        result["memory"] = int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) * 1024 / 1e9
     print_result(args, f"{data.format_table([result])}\nimages per second; GB", result)
 
 # ------------------------------------------------------------------- several processes, and output
@@ -1001,7 +1001,7 @@ def init_distributed():
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo", timeout=timedelta(hours=1))
 
 def all_reduce(tensor, op=dist.ReduceOp.SUM):
-    """The sum of a tensor over all processes, in place."""
+    """The sum, or what `op` says, of a tensor over all processes, in place."""
     if WORLD_SIZE > 1:
         dist.all_reduce(tensor, op)
     return tensor
@@ -1036,7 +1036,7 @@ def main(args):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # clears away what is half-written
     warnings.showwarning = lambda message, *_: log(f"warning: {message}")
     try:
-        data.set_max_pixels(vars(args).get("max_pixels", 50_000_000))
+        data.set_max_pixels(vars(args).get("max_pixels", OTHER_OPTIONS["max_pixels"][0]))
         torch.set_num_threads(vars(args).get("threads") or torch.get_num_threads())
         if WORLD_SIZE > 1 and args.command not in ("train", "eval"):
             raise UserError(f"{args.command} runs in one process; leave out torchrun")
