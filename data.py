@@ -734,6 +734,7 @@ def parallel_map(function, items, threads=None, errors=UserError):
 def log(text, end="\n", every_rank=False):
     """A line on stderr, in place of an unfinished one; of several processes rank 0 writes."""
     if every_rank or os.environ.get("RANK", "0") == "0":
+        text = "\n".join(map(escape_nonprintable, text.split("\n")))
         print("\r\x1b[K" * sys.stderr.isatty() + text, end=end, file=sys.stderr, flush=True)
 
 def print_result(args, text, result):
@@ -751,9 +752,8 @@ def progress(items, title, total, done=0, unit="images", scale=1, size=lambda it
         done, now = done + size(item), time.monotonic()
         if now - shown > (0.2 if terminal else 30):
             shown, speed = now, (done - first) / (now - start)
-            of, left = "?", "?"
-            if total:
-                of, left = f"{total / scale:,.0f}", timedelta(0, round((total - done) / speed))
+            of = f"{total / scale:,.0f}" if total else "?"
+            left = timedelta(0, round((total - done) / speed)) if total else "?"
             log(f"{title}: {done / scale:,.0f} of {of} {unit}, {speed / scale:,.1f}/s, {left} left",
                 "" if terminal else "\n")
     log("", "")  # clears the line

@@ -33,7 +33,7 @@ def number(kind, low, high=float("inf")):
 def image_size(text):
     """--size as (height, width): S, or HxW."""
     height, _, width = text.partition("x")
-    side = number(int, 32, 2**15)
+    side = number(int, 32, 4096)
     return side(height), side(width or height)
 
 def parse_augment(text):
@@ -590,8 +590,7 @@ def open_run(args, device):
 
 def resolve_config(options, device):
     """Every option of a run: what was typed, else the default that fits machine and data."""
-    typed = {name: value for name, value in options.items()
-             if name in DEFAULTS and value is not None}
+    typed = {name: options[name] for name in DEFAULTS if options.get(name) is not None}
     config = DEFAULTS | {"command": shlex.join(["petseg.py", *sys.argv[1:]])}
     if "init_from" in typed:
         start = load_checkpoint(typed["init_from"])["config"]
@@ -651,8 +650,9 @@ def load_checkpoint(path, kind="best.pt", device="cpu"):
             raise UserError(f"{path} is not the {kind} of a run, or of an older version of petseg; "
                             "a last.pt is for --resume, an old best.pt must be trained again")
         config = content["config"] = DEFAULTS | content["config"]
-        height, width = config["size"]
-        if not (32 <= min(height, width) and 2 <= len(config["class_names"]) <= 101):
+        names, (height, width) = config["class_names"], config["size"]
+        if not (32 <= height <= 4096 and 32 <= width <= 4096 and 2 <= len(names) <= 101
+                and all(isinstance(name, str) for name in names)):
             raise ValueError("not a config that petseg writes")
         for weights in [content[key] for key in ("weights", "model", "ema") if key in content]:
             # a copy, as torch notes in a state dict that it is to be assigned
@@ -953,7 +953,7 @@ def export(args):
     dim, model = torch.export.Dim, layers.ExportModel(predictor.model, data.MEAN, data.STD)
     sizes = {0: dim("batch", min=1), 2: 32 * dim("rows", min=2), 3: 32 * dim("columns", min=2)}
     program = torch.export.export(model, (torch.zeros(2, 3, 64, 96),), dynamic_shapes=(sizes,))
-    notes = {name: predictor.config[name] for name in ("model", "class_names", "size", "command")}
+    notes = {name: predictor.config[name] for name in ("model", "class_names", "size")}
     with data.atomic_path(out) as new, open(new, "wb") as file:
         torch.export.save(program, file, extra_files={"petseg.json": json.dumps(notes)})
     print_result(args, f"{out}: images (B, 3, H, W) in 0..1 to probabilities, H and W multiples of "
