@@ -276,21 +276,6 @@ def test_losses_against_slow_loops_and_at_infinite_logits(classes, weights):
 def test_class_weights(mode, frequencies, expected):
     assert layers.class_weights(mode, torch.tensor(frequencies)).tolist() == pytest.approx(expected)
 
-@pytest.mark.parametrize("model", MODELS)
-def test_networks_overfit_eight_images(model, toys, tmp_path):
-    torch.manual_seed(0)
-    split = data.open_split(data.scan_dataset(toys), "train", (32, 32), tmp_path)
-    images, labels = data.get_batch(split, torch.arange(8))
-    images, target, network = data.normalize(images), data.labels_to_target(labels), model(width=8)
-    optimizer = torch.optim.Adam(network.parameters())
-    for step in range(60):
-        optimizer.param_groups[0]["lr"] = 0.02 * (1 - step / 60)
-        optimizer.zero_grad()
-        layers.bce_dice_loss(network(images), target).backward()
-        optimizer.step()
-    mask = network.eval()(images)[:, 0] > 0
-    assert layers.compute_metrics(layers.confusion_matrix(mask, target, 2), TWO)["dice"] > 0.95
-
 def slow_metrics(mask, target, label):
     """True positives, predicted and true pixels, Dice and IoU of a class, pixel by pixel."""
     pixels = zip(mask.flatten().tolist(), target.flatten().tolist())
@@ -1083,16 +1068,16 @@ def make_own_data(folder, kind, n=20):
     return np.array(labels)[box]
 
 @pytest.mark.parametrize("kind, options", [
-    ("splits", "--loss dice"), ("two classes", "--ema 0 --progressive 0"),
-    ("R G B", "--size 32x48 --loss bce --class-weights inverse"),
-    ("Cityscapes", "--schedule plateau --repeat 6")])
+    ("splits", "unet --loss dice"), ("two classes", "resnet34_unet --ema 0 --progressive 0"),
+    ("R G B", "unet --size 32x48 --loss bce --class-weights inverse"),
+    ("Cityscapes", "unet --schedule plateau --repeat 6")])
 def test_own_data_from_training_to_masks(kind, options, tmp_path):
     folder, names, words = tmp_path / "own", OWN_DATA[kind][-1], ("--root", tmp_path, "--out")
     labels, metric = make_own_data(folder, kind), "dice" if len(names) == 2 else "mean_iou"
     where = {"before": partial(become, "no fcntl, resource, affinity" * (kind == "splits"))}
-    result = answer("train", "unet", "--data", folder, *words, tmp_path / "runs", "--size", 32,
-                    "--width", 8, "--batch-size", 4, "--epochs", 3, "--repeat", 4, "--augment",
-                    "none", *options.split(), **where)
+    result = answer("train", "--data", folder, *words, tmp_path / "runs", "--size", 32, "--width",
+                    8, "--batch-size", 4, "--epochs", 3, "--repeat", 4, "--augment", "none",
+                    *options.split(), **where)
     words = ("--ckpt", result["checkpoint"], *words)
     again = answer("eval", *words, tmp_path / "eval", "--split", result["split"], **where)
     assert again["images"] == result["images"] > 0 and again[metric] == result[metric] > 0.4
@@ -1215,7 +1200,7 @@ KILLED = [
 def test_killed_at_random_moments_and_resumed_equals_undisturbed(options, root, tmp_path):
     words = ("train", *options.split(), *TINY, "--epochs", 4, "--size", 48, "--batch-size", 4,
              "--checkpoint-minutes", 0.001, "--root", root, "--out", tmp_path, "--name")
-    run(*words, "undisturbed")
+    run(*words, "undisturbed", "--checkpoint-minutes", 0)
     rng, kills, folder = np.random.default_rng(KILLED.index(options)), 0, tmp_path / "killed"
     while kills < (math.ceil(KILLS / len(KILLED)) or 3):
         with start(*words, "killed") as child:
@@ -1283,6 +1268,20 @@ def test_a_run_that_diverges_stops_with_advice_and_keeps_a_good_checkpoint(optio
         assert re.search("not finite.*begin anew.*--lr", refused(*words))
         last = torch.load(tmp_path / "a" / "last.pt")
         assert all(x.isfinite().all() for key in ("model", "ema") for x in last[key].values())
+
+def test_an_epoch_takes_all_images_in_an_order_of_its_own(root, tmp_path, monkeypatch):
+    orders = {1: [], 2: []}
+    def step(config, model, optimizers, train_set, indices, epoch, *_):
+        orders[epoch] += indices.tolist()
+        muon, adamw = (optimizer.param_groups[0]["lr"] for optimizer in optimizers)
+        assert adamw == 0.3 * muon > 0
+        return torch.ones(4), torch.zeros(2, 2).long()
+    monkeypatch.setattr(petseg, "train_step", step)
+    monkeypatch.setattr(signal, "signal", nothing)
+    words = ("train", "unet", *TINY, "--root", root, "--out", tmp_path, "--epochs=2", "--repeat=2")
+    petseg.train(petseg.command_line().parse_args([*map(str, words)]))
+    assert sorted(orders[1]) == sorted(orders[2]) == sorted([*range(36)] * 2)
+    assert orders[1] != orders[2] != sorted(orders[2])
 
 def test_the_best_epoch_is_the_first_with_the_highest_score():
     state = Namespace(epoch=1, seconds=1.0, sums=torch.ones(4), history=[], val_scores=[],
