@@ -1322,13 +1322,14 @@ def step_gradients(folder, number, processes):
     petseg.RANK, petseg.WORLD_SIZE = number, processes
     torch.manual_seed(0)
     model, stay = nn.Conv2d(3, 1, 3, padding=1), Namespace(step=nothing, zero_grad=nothing)
+    model.register_buffer("mean", torch.tensor([2.0 * number + (processes == 1)]))  # always 1
     noise = np.random.default_rng(0).integers(0, 256, (9, 32, 32, 4)).astype(np.uint8)
     split = data.CachedSplit([*"abcdefghi"], noise[..., :3], noise[..., 3] % 2)
     predictor = Namespace(config=CONFIG, threshold=0.5, logits=model, device=torch.device("cpu"))
     loss, confusion = petseg.evaluate(predictor, split, batch_size=2)
     result = petseg.train_step(CONFIG | {"batch_size": 3, "grad_clip": 0}, model, [stay], split,
                                torch.tensor([8, 1, 7, 2, 6, 3, 5]), 1, 0)
-    values = (*result, model.weight.grad, model.bias.grad, torch.tensor(loss), confusion)
+    values = *result, model.weight.grad, model.bias.grad, model.mean, torch.tensor(loss), confusion
     return [value.numpy() for value in values]
 
 def test_two_processes_find_the_gradients_and_scores_of_one(tmp_path):
