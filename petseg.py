@@ -884,10 +884,10 @@ def compare(args):
             "machine": f"{config['device']}, {config['processes']} × {config['threads']} threads"})
     if len({(*row, *split.names) for row, (_, split) in zip(rows, models.values())}) > 1:
         raise UserError("these runs do not compare: images or metrics differ; maybe --data FOLDER")
-    mean, spread = torch.stack(scores).mean(dim=0), torch.stack(scores).var(dim=0, correction=0)
-    chosen = torch.cat((mean.argsort()[:2], spread.argsort()[-2:],  # the worst, the most different
-                        torch.linspace(0, len(mean) - 1, 4).long()))  # and four others
-    draw_samples(out / "predictions.png", models, chosen.unique())
+    spread, mean = torch.var_mean(torch.stack(scores), dim=0, correction=0)
+    ids = torch.cat((mean.argsort()[:2], spread.argsort()[-2:],  # the worst, the most different
+                     torch.arange(0, 24, 3) % 8 * (len(mean) - 1) // 7)).tolist()  # and others
+    draw_samples(out / "predictions.png", models, torch.tensor([*dict.fromkeys(ids)][:8]))
     data.draw_curves(out / "curves.png", histories, metric)
     table = data.format_table(rows)
     data.write_text(out / "table.md", table)

@@ -133,7 +133,6 @@ def pets(toys, tmp_path):
     return shutil.copytree(toys, tmp_path / "pets")
 
 def files(folder):
-    """Every file under a folder by its relative name, with its bytes."""
     return {path.relative_to(folder).as_posix(): path.read_bytes()
             for path in folder.rglob("*") if path.is_file()}
 
@@ -1572,6 +1571,7 @@ def test_compare_keeps_runs_apart(trained, tmp_path):
         assert f"\n| {folder.name} " in (tmp_path / "a/table.md").read_text()
         assert row["run"] == folder.name and row["parameters"] > 1000 < row["multiply_adds"]
     assert sorted(files(tmp_path / "a")) == ["curves.png", "predictions.png", "table.md"]
+    assert Image.open(tmp_path / "a/predictions.png").height >= 8 * 160  # eight of ten images
     assert "looks like a file" in refused(*words[:-1], tmp_path / "a.png")
 
 def test_without_the_pets_auto_takes_the_toys(toys, tmp_path):
