@@ -90,13 +90,11 @@ def start(*words, before=nothing):
     assert "Traceback" not in child.stderr, child.stderr
 
 def said_until(child, words):
-    """Waits until a command has said `words`, or has ended; whether it has said them."""
     while child.is_alive() and words not in child.said():
         time.sleep(0.01)
     return words in child.said()
 
 def run(*words, code=0, **options):
-    """One command that ends with this exit code."""
     with start(*words, **options) as child:
         pass
     assert child.exitcode == code, child.stderr
@@ -683,7 +681,6 @@ def test_what_values_of_masks_mean(tmp_path, text, values, expected):
         assert np.array_equal(labels[0], np.where(void & (values.ndim == 2), 255, classes))
 
 def make_files(folder, *names):
-    """Empty files, which is enough to be found; returns their paths."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
@@ -1161,10 +1158,11 @@ def become(situation="", **environment):
         real, step = layers.bce_dice_loss, iter(range(99))
         layers.LOSSES["bce_dice"] = lambda logits, *others: real(logits, *others) * (
             math.inf if logits.requires_grad and next(step) else 1)
-    elif situation == "Ctrl-C":  # at the ninth mask
+    elif situation in ("Ctrl-C", "kill"):  # at the ninth mask, or at the 151st
         colorize, masks = data.colorize_mask, iter(range(999))
-        data.colorize_mask = lambda *args: colorize(*args) if next(masks) != 8 else os.kill(
-            os.getpid(), signal.SIGINT) or colorize(*args)
+        last, signum = (8, signal.SIGINT) if situation == "Ctrl-C" else (150, signal.SIGKILL)
+        data.colorize_mask = lambda *args: colorize(*args) if next(masks) != last else os.kill(
+            os.getpid(), signum) or colorize(*args)
 
 def test_the_same_command_goes_on_or_says_finished(halfway, trained, root, tmp_path):
     words, folder = halfway
@@ -1495,6 +1493,8 @@ def test_infer_is_stopped_and_does_the_rest(trained, toys, tmp_path):
     assert times == [path.stat().st_mtime_ns for path in others]
     rows = {row["output"]: row for row in read_rows(out / "predictions.csv")}
     assert len(rows) == len(list(out.glob("*_mask.png"))) == 200 and first.items() <= rows.items()
+    run(*words, code=-signal.SIGKILL, before=partial(become, "kill"))
+    assert 90 < answer(*words, "--skip-existing")["skipped"] < 151
     words[3] = shutil.copy(photos / "0" / removed.name.replace("_mask.png", ".jpg"), tmp_path)
     assert answer(*words, "--skip-existing")["skipped"] == 0  # another file of the same name
 
