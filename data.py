@@ -57,7 +57,7 @@ def open_split(dataset, split, size, root):
     """A split of a dataset at `size`, from root/cache, where the first use decodes it. The name
     there is a hash of the sizes and times of all files and of what mask values mean."""
     samples = get_samples(dataset, split)
-    stats = [os.stat(path) if path.exists() else None for s in samples for path in s[1:3]]
+    stats = [os.stat(p) if os.path.exists(p) else None for s in samples for p in s[1:3]]
     facts = [[s and (s.st_size, s.st_mtime_ns) for s in stats], Image.MAX_IMAGE_PIXELS,
              [(s.name, s.classes and [*s.classes.items()]) for s in samples]]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
@@ -393,9 +393,9 @@ def scan_pets(folder, classes):
             values = TRIMAP_TO_LABEL if classes != "species" else SPECIES_TO_LABEL.get(species)
             if not values:
                 raise UserError(f"{path}: say what species {name} is: NAME BREED 1 (cat), 2 (dog)")
-            yield Sample(name, folder / "images" / f"{name}.jpg",
-                         folder / "annotations" / "trimaps" / f"{name}.png", values)
+            yield Sample(name, images / f"{name}.jpg", trimaps / f"{name}.png", values)
 
+    images, trimaps = folder / "images", folder / "annotations" / "trimaps"
     trainval = list(read_list(folder / "annotations" / "trainval.txt"))
     splits = {"train": [s for i, s in enumerate(trainval) if i % 10], "val": trainval[::10]}
     if (folder / "annotations" / "test.txt").is_file():

@@ -238,8 +238,7 @@ def train(args):
     ema_model = copy.deepcopy(model) if config["ema"] else model
     optimizers = layers.make_optimizers(model, config)
 
-    # where the run stands
-    run = argparse.Namespace(
+    run = argparse.Namespace(  # where it stands
         epoch=1, step=0, seconds=0.0, history=[], val_scores=[], train_images=train_set.names,
         sums=torch.zeros(4), confusion=torch.zeros(2 * [len(dataset.class_names)]).long())
     if RANK == 0 and data.take_lock(folder, wait=False) is None:
@@ -393,7 +392,8 @@ def load_dataset(config, url):
 def class_frequencies(dataset, split, config):
     """The fraction of each class in the pixels of a split; logs what the dataset is."""
     names = config["class_names"]
-    pixels = sum(np.bincount(labels.ravel(), minlength=256) for labels in split.labels)
+    pixels = sum(np.bincount(split.labels[i:i + 16].ravel(), minlength=256)
+                 for i in range(0, len(split.names), 16))
     target = eval_target(config, torch.arange(256, dtype=torch.uint8))  # of each label
     counts = torch.bincount(target, torch.from_numpy(pixels).double())[:len(names)]
     frequencies = counts / counts.sum().clamp(min=1)
