@@ -576,7 +576,7 @@ def get_pets(root, url, archives=PETS_MD5, retry_delays=(1, 2, 4, 8, 16)):
             continue
         folder.mkdir(parents=True, exist_ok=True)
         download(f"{url.rstrip('/')}/{name}", archive, retry_delays)
-        content_md5 = archive.stat().st_size and hashlib.md5(
+        content_md5 = archive.stat().st_size and hashlib.md5(  # an empty file cannot be mapped
             np.memmap(archive, mode="r"), usedforsecurity=False).hexdigest()
         if content_md5 != md5:
             archive.unlink()

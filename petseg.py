@@ -333,8 +333,8 @@ def eval_target(config, labels):
 
 # ------------------------------------------------------------------- what train and evaluate call
 def epochs_in_minutes(config, model, train_set, val_set, n_test):
-    """How many epochs --minutes leaves time for. A copy of the model is timed: its steps at each
-    image size, and its prediction by four views, as of `n_test` images at the end."""
+    """How many epochs --minutes leaves time for. On a copy of the model a step is timed at each
+    image size, and prediction by four views, by which `n_test` images are scored at the end."""
     start, model, batch = time.monotonic(), copy.deepcopy(model), config["batch_size"]
     optimizers, predictor = layers.make_optimizers(model, config), Predictor(model, config)
     timed = config | {"epochs": 3, "progressive": 0.7}  # an epoch at 1/2, 3/4 and the full size
@@ -845,7 +845,7 @@ def infer(args):
         for new in data.progress(results, "infer", len(todo), size=len):
             failed += [str(row) for row in new.values() if isinstance(row, UserError)]
             rows |= {name: row for name, row in new.items() if isinstance(row, dict)}
-            if 0 < len(rows) % 100 <= batch and not data.is_file_name(out):  # a kill loses no more
+            if 0 < len(rows) % 100 <= batch and not data.is_file_name(out):  # should a kill come
                 data.write_csv(table, rows.values())
     finally:
         if rows and not data.is_file_name(out):
