@@ -1283,8 +1283,8 @@ def test_an_epoch_takes_all_images_in_an_order_of_its_own(root, tmp_path, monkey
 def test_the_best_epoch_is_the_first_with_the_highest_score():
     state = Namespace(epoch=1, seconds=1.0, sums=torch.ones(4), history=[], val_scores=[],
                       confusion=torch.zeros(2, 2).long())
-    found = [torch.tensor([[[0, 0], [9 - n, n]]]) for n in (3, 5, 4, 5, 6)]  # n of 9 pixels
-    best = [petseg.finish_epoch("", state, CONFIG, 0.1, 0.5, confusion) for confusion in found]
+    matrices = [torch.tensor([[[0, 0], [9 - n, n]]]) for n in (3, 5, 4, 5, 6)]  # n of 9 pixels
+    best = [petseg.finish_epoch("", state, CONFIG, 0.1, 0.5, confusion) for confusion in matrices]
     assert best == [True, True, False, False, True]
 
 def test_a_step_with_infinite_gradients_is_skipped(root, tmp_path):
