@@ -512,7 +512,7 @@ def read_classes(folder):
 
 def find_images(paths):
     """Files as they are, and of folders all images, sorted; links to folders are not followed."""
-    found = []
+    all_images = []
     for path in map(Path, paths):
         files = [path] if path.is_file() or str(path) == "-" else sorted(
             p for p in path.rglob("*") if p.is_file() and p.name[0] != ".")
@@ -521,8 +521,8 @@ def find_images(paths):
             raise UserError(f"there is no {path}, or no image in it")
         if len(images) < len(files):
             warnings.warn(f"{path} holds files that are no images: {len(files) - len(images)}")
-        found += images
-    return found
+        all_images += images
+    return all_images
 
 def find_ground_truth(image):
     """The trimap of a photo that lies in a folder of the pets, or None."""
@@ -555,9 +555,9 @@ def verify(dataset):
 
     errors, notes, fractions = {}, Counter(), {}
     for split, samples in dataset.splits.items():
-        found = list(progress(parallel_map(inspect, samples), f"check {split}", len(samples)))
-        errors[split] = [each for each in found if isinstance(each, UserError)]
-        good = [each for each in found if not isinstance(each, UserError)]
+        results = list(progress(parallel_map(inspect, samples), f"check {split}", len(samples)))
+        errors[split] = [r for r in results if isinstance(r, UserError)]
+        good = [r for r in results if not isinstance(r, UserError)]
         notes.update(f"{split}: {note}" for some, _ in good for note in some)
         pixels = sum((counts for _, counts in good), np.zeros(IGNORE_INDEX, int))
         fractions[split] = pixels / max(pixels.sum(), 1)
@@ -746,12 +746,12 @@ def progress(items, title, total, done=0, unit="images", scale=1, size=lambda it
     """Yields the items, while a line on stderr says how much is done, how fast, and how long it
     will take: redrawn in a terminal; in a log, a line every 30 seconds."""
     terminal, first, start = sys.stderr.isatty(), done, time.monotonic()
-    shown = start
+    updated = start
     for item in items:
         yield item
         done, now = done + size(item), time.monotonic()
-        if now - shown > (0.2 if terminal else 30):
-            shown, speed = now, (done - first) / (now - start)
+        if now - updated > (0.2 if terminal else 30):
+            updated, speed = now, (done - first) / (now - start)
             of = f"{total / scale:,.0f}" if total else "?"
             left = timedelta(0, round((total - done) / speed)) if total else "?"
             log(f"{title}: {done / scale:,.0f} of {of} {unit}, {speed / scale:,.1f}/s, {left} left",

@@ -279,10 +279,10 @@ def compute_metrics(confusion, class_names):
                 "dataset_dice": dice[1].item(), "dataset_iou": iou[1].item(),
                 "precision": (total[1, 1] / predicted[1]).item() if predicted[1] else None,
                 "recall": (total[1, 1] / true[1]).item() if true[1] else None, **metrics}
-    seen = predicted + true > 0
+    present = predicted + true > 0
     rows = [{"class": class_names[i], "dice": dice[i].item(), "iou": iou[i].item(),
-             "fraction": (true[i] / pixels).item()} for i in seen.nonzero().flatten().tolist()]
-    mean_dice, mean_iou = (x[seen].mean().nan_to_num().item() for x in (dice, iou))
+             "fraction": (true[i] / pixels).item()} for i in present.nonzero().flatten().tolist()]
+    mean_dice, mean_iou = (x[present].mean().nan_to_num().item() for x in (dice, iou))
     return {"mean_dice": mean_dice, "mean_iou": mean_iou, **metrics, "classes": rows}
 
 # ------------------------------------------------------------------ EMA and learning-rate schedules

@@ -33,8 +33,8 @@ def number(kind, low, high=float("inf")):
 def image_size(text):
     """--size as (height, width): S, or HxW."""
     height, _, width = text.partition("x")
-    side = number(int, 32, 4096)
-    return side(height), side(width or height)
+    pixels = number(int, 32, 4096)
+    return pixels(height), pixels(width or height)
 
 def parse_augment(text):
     """--augment as {name: strength}: a preset, or strengths as in rotate=15,flip=0.5."""
@@ -115,8 +115,8 @@ def command_line():
         for option in ["json", *options.split(), *defaults]:
             usual, kind, help = (OPTIONS | OTHER_OPTIONS)[option]
             default = defaults.get(option, None if option in OPTIONS else usual)
-            if shown := default or name == "train" and usual:
-                help += f" ({shown})"
+            if effective := default or name == "train" and usual:
+                help += f" ({effective})"
             how = ({"action": argparse.BooleanOptionalAction} if kind is bool else
                    {"choices": kind} if isinstance(kind, tuple) else {"type": kind})
             sub.add_argument(f"--{option.replace('_', '-')}", default=default, help=help, **how)
@@ -183,7 +183,7 @@ def train_step(config, model, optimizers, train_set, indices, epoch, step, class
     confusion = torch.zeros(classes, classes, dtype=torch.long, device=device)
     torch.manual_seed(data.seeded_generator("dropout", seed, epoch, step, RANK).initial_seed())
     for micro_step, batch in enumerate(indices.split(config["batch_size"])):
-        batch = batch[RANK::WORLD_SIZE]  # each rank takes its share
+        batch = batch[RANK::WORLD_SIZE]  # every WORLD_SIZE-th image
         images, labels = data.get_batch(train_set, batch, device)
         if not len(batch):  # the last batch is too small for this rank: it contributes zeros
             model(images).sum().backward()
@@ -543,8 +543,8 @@ def draw_samples(path, models, indices):
         target, probs = eval_target(config, labels), layers.probabilities(predictor.logits(images))
         mask = layers.probs_to_mask(probs, predictor.threshold)
         scores = image_scores(layers.confusion_matrix(mask, target, len(names)), names)
-        for tiles, truth, found, score in zip(masks, target.cpu(), mask.cpu(), scores):
-            tiles |= {"ground truth": truth.numpy(), f"{name}: {score:.3f}": found.numpy()}
+        for tiles, truth, prediction, score in zip(masks, target.cpu(), mask.cpu(), scores):
+            tiles |= {"ground truth": truth.numpy(), f"{name}: {score:.3f}": prediction.numpy()}
     data.save_image(data.image_grid([
         data.panel(data.to_image(split.images[i]), split.names[i], tiles, names, side=160)
         for i, tiles in zip(indices, masks)], 1 if len(models) > 1 else 2), path)
@@ -721,7 +721,7 @@ def load(path, device="auto", precision="auto", threshold=0.5, tta=True):
 
 # --------------------------------------------------------------------------- eval, infer, compare
 def eval_dataset(args, config):
-    """The dataset that --data and --root name, or else the one that the model has seen."""
+    """The dataset that --data and --root name, or else the one that the model was trained on."""
     config["root"] = args.root or config["root"]
     if args.data and Path(args.data).resolve() != Path(config["data"]).resolve():
         config |= {"data": args.data, "random_split": {}}
