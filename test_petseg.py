@@ -1557,7 +1557,7 @@ def test_the_weights_that_come_with_the_program(model, largest, tmp_path):
     path, photo = PROGRAM.with_name("weights") / f"{model}.pt", PROGRAM.parent / "docs/chelsea.jpg"
     config, _, metrics = torch.load(path, weights_only=True).values()
     assert path.stat().st_size <= largest and f"train {model} --data pets" in config["command"]
-    assert metrics["val_dice"] > 0.93 and metrics["lr"] == "unknown"
+    assert metrics["val_dice"] > 0.938
     words = () if model == "unet" else ("--ckpt", path)  # unet.pt is the default
     run("infer", *words, photo, "--out", tmp_path)
     mask = Image.open(tmp_path / "chelsea_mask.png")
