@@ -158,10 +158,10 @@ def augment(images, labels, rng, size=None, p=1.0, flip=0.0, vflip=0.0, rotate=0
     return images, labels.squeeze(1).to(torch.uint8)
 
 def cutmix_mask(batch, height, width, p, rng):
-    """With probabilities `p` a box, 0.2 to 0.9 of each side long, anywhere; (B, 1, H, W) bool."""
+    """With probabilities `p` a box of 0.2 to 0.9 of height and width, anywhere: (B, 1, H, W)."""
     inside = (torch.rand(batch, generator=rng) < p).view(-1, 1, 1, 1)
-    for side, shape in ((height, (batch, 1, -1, 1)), (width, (batch, 1, 1, -1))):
-        position = (torch.arange(side) + 0.5) / side
+    for length, shape in ((height, (batch, 1, -1, 1)), (width, (batch, 1, 1, -1))):
+        position = (torch.arange(length) + 0.5) / length
         centre, half_size = torch.rand(2, batch, 1, generator=rng)
         inside = inside & ((position - centre).abs() < 0.1 + 0.35 * half_size).view(shape)
     return inside
@@ -895,12 +895,12 @@ def add_caption(image, text):
     ImageDraw.Draw(result).text((0, 2), text, "black", ImageFont.load_default(13))
     return result
 
-def panel(photo, caption, masks, class_names, side=256):
+def panel(photo, caption, masks, class_names, height=256):
     """A photo beside overlays of masks, {caption: mask}; of several classes with a legend."""
-    width = min(max(1, round(side * photo.width / photo.height)), 4 * side)
-    photo = photo.resize((width, side), Image.Resampling.BICUBIC)
+    width = min(max(1, round(height * photo.width / photo.height)), 4 * height)
+    photo = photo.resize((width, height), Image.Resampling.BICUBIC)
     tiles = [add_caption(photo, caption)] + [
-        add_caption(overlay(photo, resize(mask, (side, width), "NEAREST"), class_names), name)
+        add_caption(overlay(photo, resize(mask, (height, width), "NEAREST"), class_names), name)
         for name, mask in masks.items()]
     row = image_grid(tiles, len(tiles))
     if len(class_names) == 2:
@@ -914,8 +914,8 @@ def panel(photo, caption, masks, class_names, side=256):
 def draw_confusion(path, confusion, class_names):
     """A confusion matrix (C, C): each row, a true class, in percent; darker is more."""
     percent = 100 * confusion / confusion.sum(axis=1, keepdims=True).clip(1)
-    side, font = 50 * len(class_names), ImageFont.load_default(20)
-    draw = ImageDraw.Draw(image := Image.new("RGB", (330 + side, 100 + side), "white"))
+    size, font = 50 * len(class_names), ImageFont.load_default(20)
+    draw = ImageDraw.Draw(image := Image.new("RGB", (330 + size, 100 + size), "white"))
     draw.text((20, 20), "rows: true class, columns: predicted, in percent", "black", font)
     for i, name in enumerate(class_names):
         draw.text((290, 95 + 50 * i), f"{name[:24]} {i}", "black", font, anchor="rm")

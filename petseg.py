@@ -546,7 +546,7 @@ def draw_samples(path, models, indices):
         for tiles, truth, prediction, score in zip(masks, target.cpu(), mask.cpu(), scores):
             tiles |= {"ground truth": truth.numpy(), f"{name}: {score:.3f}": prediction.numpy()}
     data.save_image(data.image_grid([
-        data.panel(data.to_image(split.images[i]), split.names[i], tiles, names, side=160)
+        data.panel(data.to_image(split.images[i]), split.names[i], tiles, names, height=160)
         for i, tiles in zip(indices, masks)], 1 if len(models) > 1 else 2), path)
 
 def catch_signals():
