@@ -45,7 +45,7 @@ BORDER_OFFSET, IGNORE_INDEX = 128, 255
 
 # --------------------------------------------------------------------------- the cache, and batches
 CachedSplit = namedtuple("CachedSplit", "names images labels")
-# images (N, H, W, 3) and labels (N, H, W): uint8, memory-mapped
+# images (N, H, W, 3) and labels (N, H, W): uint8, memory-mapped, or by `to_gpu` on the GPU
 
 def get_samples(dataset, split):
     """The samples of a split, if there is such a split."""
@@ -117,7 +117,7 @@ def augment(images, labels, rng, size=None, p=1.0, flip=0.0, vflip=0.0, rotate=0
     """Augments a batch at random, each image with probability `p`: flip, vflip and cutmix are
     probabilities, rotate is in degrees, zoom and aspect are factors either way, shift is a fraction
     of the side, colour strengths run from 0 to 1. All geometric changes are composed into one
-    affine matrix; one grid_sample (images bilinear, labels nearest) applies it at `size`."""
+    affine matrix; grid_sample applies it at `size`: to images bilinear, to labels nearest."""
     batch, _, height, width = images.shape
     applied = (torch.rand(batch, generator=rng) < p).float()
 
@@ -151,7 +151,7 @@ def augment(images, labels, rng, size=None, p=1.0, flip=0.0, vflip=0.0, rotate=0
     gray = (images * images.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
     images = (gray + (images - gray) * saturation).clamp(0, 1)
 
-    if cutmix:  # https://arxiv.org/abs/1905.04899, with the next image of the batch
+    if cutmix:  # https://arxiv.org/abs/1905.04899, with the image before it in the batch
         inside = cutmix_mask(batch, *images.shape[2:], cutmix * applied, rng).to(images.device)
         images = torch.where(inside, images.roll(1, dims=0), images)
         labels = torch.where(inside, labels.roll(1, dims=0), labels)
@@ -168,7 +168,7 @@ def cutmix_mask(batch, height, width, p, rng):
 
 def labels_to_target(labels, border="foreground", rng=None, classes=2):
     """Labels to the target of the loss. A border becomes the class it borders ("foreground"), or
-    "background", "ignore", the last class ("class"), or one of the first two at "random"."""
+    "background", "ignore", the last class ("class"), or at "random" foreground or background."""
     is_border = (labels >= BORDER_OFFSET) & (labels != IGNORE_INDEX)
     value = labels - BORDER_OFFSET  # the class that it borders
     if border == "random":
@@ -383,7 +383,7 @@ def scan_dataset(folder, classes=None, random_split=None):
 
 def scan_pets(folder, classes):
     """The layout of the Oxford-IIIT Pets. Every tenth line of trainval.txt, the first included, is
-    val, the others are train, without shuffling: the split of everyone who does the same."""
+    val, the others are train; nothing is shuffled, so that the split is the same everywhere."""
     def read_list(path):  # of lines NAME, or NAME BREED SPECIES
         text = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
         rows = re.findall(r"(?m)^([^#\s]\S*)(?:[ \t]+\S+[ \t]+(\S+))?", text)
@@ -531,7 +531,7 @@ def find_ground_truth(image):
 
 def unique_names(names):
     """A file name for each: on one line, of at most 200 bytes, numbered where it comes again."""
-    taken = {}  # in lower case: as it is
+    taken = {}  # {without case: name}: some file systems ignore case
     for name in names:
         stem = escape_nonprintable(name).encode()[:200].decode(errors="ignore")
         numbered = (f"{stem}-{i}" if i > 1 else stem for i in count(1))
@@ -540,7 +540,7 @@ def unique_names(names):
     return [*taken.values()]
 
 def verify(dataset):
-    """Reads all: errors {split: [...]}, notes, fractions of the pixels by class {split: (C,)}."""
+    """Reads all: errors {split: [...]}, notes, fractions of the pixels by label {split: (255,)}."""
     def inspect(sample):
         labels, notes = read_pair(sample, (32, 32))[1], []
         with open_image(sample.image) as image:

@@ -175,8 +175,8 @@ RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 # ----------------------------------------------------------------------------------------- train
 def train_step(config, model, optimizers, train_set, indices, epoch, step, class_weights=None):
     """One optimizer step on the images `indices`, a micro-batch at a time; it is skipped where its
-    gradients are not finite. Returns the sums of (loss, images, Dice, IoU) and the confusion
-    matrix. Every random draw depends on (seed, epoch, step, rank) alone."""
+    gradients are not finite. Returns the sums of (loss, images, Dice and IoU of class 1) and the
+    confusion matrix. Every random draw depends on (seed, epoch, step, rank) alone."""
     device, classes = next(model.parameters()).device, len(config["class_names"])
     size, seed = layers.train_image_size(config, epoch), config["seed"]
     sums = torch.zeros(4, device=device)
@@ -217,6 +217,7 @@ def train(args):
     """Trains a model from scratch, or goes on with a run; then scores the test split."""
     device = pick_device(args.device)
     folder, config, last = open_run(args, device)
+    torch.set_num_threads(config["threads"] or torch.get_num_threads())  # the same on a resume
     dataset = load_dataset(config, args.url)
     train_set = data.open_split(dataset, "train", config["size"], config["root"])
     val_set = data.open_split(dataset, "val", config["size"], config["root"])
@@ -415,8 +416,8 @@ def build_model(config, device="cpu"):
 # (scale, flipped): the flip gains 0.003 to 0.005 of val Dice (14 runs), the scales up to 0.003 (9)
 TTA_VIEWS = ((1, True), (0.75, False), (1.25, True))
 
-# probs (C, h, w) at the model's size, clean: without islands; classes (H, W)
-Segmentation = namedtuple("Segmentation", "photo probs classes clean")
+# probs (C, h, w) at the model's size, clean: without islands; mask (H, W): class indices
+Segmentation = namedtuple("Segmentation", "photo probs mask clean")
 
 class Predictor:
     """A fused copy of a model. A photo is a path, a PIL image, an array, or a Segmentation."""
@@ -446,7 +447,7 @@ class Predictor:
     def __call__(self, photo):
         """Probabilities (H, W) at the photo's size; of more than two classes (C, H, W)."""
         result = self.segment(photo)
-        probs = [data.resize(p, result.classes.shape) for p in result.probs]
+        probs = [data.resize(p, result.mask.shape) for p in result.probs]
         return probs[0] if len(probs) == 1 else np.stack(probs)
 
     def segment(self, photo):
@@ -459,18 +460,17 @@ class Predictor:
         images = np.stack([data.resize(photo, size) for photo in photos])
         logits = self.logits(data.to_float_nchw(torch.from_numpy(images).to(self.device)))
         for photo, probs in zip(photos, layers.probabilities(logits).cpu().numpy()):
-            classes = data.upsample_and_argmax(probs, photo.size[::-1], self.threshold)
-            clean = data.without_islands(probs, self.threshold)
-            yield Segmentation(photo, probs, classes, clean)
+            mask = data.upsample_and_argmax(probs, photo.size[::-1], self.threshold)
+            yield Segmentation(photo, probs, mask, data.without_islands(probs, self.threshold))
 
     def mask(self, photo):
         """The class of each pixel: white on black, or with a palette."""
-        return data.colorize_mask(self.segment(photo).classes, self.config["class_names"])
+        return data.colorize_mask(self.segment(photo).mask, self.config["class_names"])
 
     def overlay(self, photo):
         """The photo with its classes tinted and outlined."""
         result = self.segment(photo)
-        mask = data.upsample_and_argmax(result.clean, result.classes.shape, self.threshold)
+        mask = data.upsample_and_argmax(result.clean, result.mask.shape, self.threshold)
         return data.overlay(result.photo, mask, self.config["class_names"])
 
     def cutout(self, photo, background=None, crop=False):
@@ -562,11 +562,10 @@ RESUME_OVERRIDES = {"epochs", "threads", "save_every", "checkpoint_minutes", "ro
 
 def open_run(args, device):
     """The folder of a run, its config, and its last.pt, or None where it begins."""
-    if args.resume:
-        folder = Path(args.resume)
-    elif not args.model:
-        raise UserError(f"which model? {PROGRAM} train unet, or train resnet34_unet")
-    else:
+    folder = Path(args.resume or Path(args.out, args.name or "."))
+    if not (args.resume or args.name and any(folder.glob("*.pt"))):
+        if not args.model:
+            raise UserError(f"which model? {PROGRAM} train unet, or train resnet34_unet")
         where = data.find_data(args.data or "auto", args.root or "data", args.url).resolve()
         if args.data in (None, "auto"):
             args.data = "toy" if where.name == data.TOYS else "pets"
@@ -588,7 +587,7 @@ def open_run(args, device):
     return folder, old | changed, last
 
 def resolve_config(options, device):
-    """Every option of a run: what was typed, else the default that fits machine and data."""
+    """Every option of a run: what was typed, else what fits the machine and other options."""
     typed = {name: options[name] for name in DEFAULTS if options.get(name) is not None}
     config = DEFAULTS | {"command": shlex.join(["petseg.py", *sys.argv[1:]])}
     if "init_from" in typed:
@@ -696,7 +695,7 @@ def restore(run, model, ema_model, optimizers, last, folder):
         (folder / name).unlink(missing_ok=True)  # it is of fewer epochs
 
 def init_from(model, config):
-    """Starts from the weights of a best.pt; where it has other classes, the head stays random."""
+    """Starts from the weights of a best.pt; the head only where it has as many classes."""
     start = load_checkpoint(config["init_from"])
     weights, names = start["weights"], start["config"]["class_names"]
     if len(names) != len(config["class_names"]):
@@ -776,7 +775,7 @@ def segment_images(predictor, samples, outputs, out, background, crop):
             rows[sample.name] = error
     results = predictor.segment_batch([photo for photo, *_ in read.values()])
     for (name, (_, labels, path)), result in zip(read.items(), results):
-        mask, masks, metrics = result.classes, {}, {}
+        mask, masks, metrics = result.mask, {}, {}
         if labels is not None:
             target = eval_target(predictor.config, torch.from_numpy(labels)[None])
             confusion = layers.confusion_matrix(torch.from_numpy(mask)[None], target, len(names))
@@ -851,6 +850,7 @@ def infer(args):
         if rows and not data.is_file_name(out):
             data.write_csv(table, rows.values())
 
+    rows = {name: rows[name] for name in names if name in rows}  # the table may have others
     result = {"out": str(out), "images": len(names) - len(failed),
               "skipped": len(names) - len(todo), "failed": len(failed)}
     for name in score_names(classes):
@@ -885,8 +885,8 @@ def compare(args):
     if len({(*row, *split.names) for row, (_, split) in zip(rows, models.values())}) > 1:
         raise UserError("these runs do not compare: images or metrics differ; maybe --data FOLDER")
     spread, mean = torch.var_mean(torch.stack(scores), dim=0, correction=0)
-    ids = torch.cat((mean.argsort()[:2], spread.argsort()[-2:],  # the worst, the most different
-                     torch.arange(0, 24, 3) % 8 * (len(mean) - 1) // 7)).tolist()  # and others
+    others = torch.tensor([0, 3, 6, 1, 4, 7, 2, 5]) * (len(mean) - 1) // 7  # far apart
+    ids = torch.cat((mean.argsort()[:2], spread.argsort()[-2:], others)).tolist()
     draw_samples(out / "predictions.png", models, torch.tensor([*dict.fromkeys(ids)][:8]))
     data.draw_curves(out / "curves.png", histories, metric)
     table = data.format_table(rows)
