@@ -124,14 +124,12 @@ def augment(images, labels, rng, size=None, p=1.0, flip=0.0, vflip=0.0, rotate=0
     def uniform(magnitude):  # in ±magnitude, 0 for the images that are left alone
         return (2 * torch.rand(batch, generator=rng) - 1) * magnitude * applied
 
-    def random_sign(probability):
-        return 1 - 2 * (torch.rand(batch, generator=rng) < probability).float() * applied
-
     # theta maps a pixel of the result to where to look in the image, both in -1..1
     angle, scale = uniform(math.radians(rotate)), torch.exp(uniform(math.log(zoom)))
     cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
     stretch = torch.exp(uniform(math.log(aspect)))
-    flip_x, flip_y = random_sign(flip), random_sign(vflip)
+    flip_x, flip_y = (1 - 2 * (torch.rand(batch, generator=rng) < probability).float() * applied
+                      for probability in (flip, vflip))
     theta = torch.stack((
         stretch * cos * flip_x, -stretch * sin * height / width * flip_y, uniform(2 * shift),
         sin / stretch * width / height * flip_x, cos / stretch * flip_y, uniform(2 * shift)),
@@ -208,6 +206,8 @@ def open_image(path):
             raise OSError("no such file")
         file = io.BytesIO(sys.stdin.buffer.read()) if str(path) == "-" else path
         with Image.open(file, formats=[*FORMATS]) as image:
+            if max(image.size) > 65_500:
+                raise OSError("more than 65,500 pixels high or wide, too many for a JPEG")
             yield image
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path} has more than {2 * Image.MAX_IMAGE_PIXELS:,.0f} pixels; "
@@ -239,7 +239,7 @@ def to_photo(image):
     if isinstance(image, (str, Path)):
         return read_image(image)
     image = image if isinstance(image, Image.Image) else to_image(image)
-    profile = (image.info.get("icc_profile") or b"") * (image.mode[:3] == "RGB")
+    profile = (image.info.get("icc_profile") or b"") * (image.mode[0] in "RP")
     alpha = image.info.get("alpha")  # of an image that was here before
     if image.mode.startswith(("I", "F")):  # over 8 bits
         values = np.nan_to_num(np.array(image, dtype=np.float32), posinf=0, neginf=0).clip(0)
@@ -444,8 +444,8 @@ def scan_image_and_mask_folders(folder, random_split):
     samples = splits["all"]
     if len(samples) < 3:
         raise UserError(f"{folder} has {len(samples)} labelled images; at least 3 are needed")
-    if not random_split:  # 10% val and 10% test, always the same for the same names
-        n, order = max(1, len(samples) // 10), seeded_generator("split")
+    if {s.name for s in samples}.isdisjoint(sum((random_split or {}).values(), [])):
+        n, order = max(1, len(samples) // 10), seeded_generator("split")  # 10% val, 10% test
         order = [samples[i].name for i in torch.randperm(len(samples), generator=order)]
         random_split = {"val": sorted(order[:n]), "test": sorted(order[n:2 * n])}
     split_of = {name: split for split, names in random_split.items() for name in names}
@@ -684,11 +684,10 @@ def write_csv(path, rows):
         writer.writeheader()
         writer.writerows(rows)
 
-def read_predictions(path, outputs):
-    """{output name: row} of an earlier predictions.csv, where all files of the row are there."""
+def read_predictions(path):
+    """{output name: row} of an earlier predictions.csv."""
     rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
-    return {row["output"]: row for row in rows if "output" in row and all(
-        output_path(path.parent, row["output"], output).is_file() for output in outputs)}
+    return {row["output"]: row for row in rows if {"output", "file"} <= row.keys()}
 
 def format_table(rows):
     """Dicts with the same keys as a Markdown table, the first column left-aligned."""
@@ -713,8 +712,9 @@ def take_lock(folder, wait=True):
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             return release.close()
-        for leftover in (*Path(folder).glob(".part-*"), *Path(folder).glob("*/.part-*")):
-            shutil.rmtree(leftover, ignore_errors=True)
+        for place in ("", "cache", PETS):  # a run within the folder has a lock of its own
+            for leftover in Path(folder, place).glob(".part-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
     return release
 
 def parallel_map(function, items, threads=None, errors=UserError):

@@ -85,6 +85,7 @@ OPTIONS = {
     "save_every": (0, number(int, 0), "also keep a numbered checkpoint every so many epochs"),
     "checkpoint_minutes": (5.0, AMOUNT, "save last.pt within an epoch too; 0 for never"),
     "threads": (None, COUNT, "CPU threads: OMP_NUM_THREADS, or the cores of this process"),
+    "max_pixels": (50_000_000, COUNT, "images with more pixels are refused"),
 }
 OTHER_OPTIONS = {
     "json": (False, bool, "end with the result as one JSON object"),
@@ -98,7 +99,6 @@ OTHER_OPTIONS = {
     "url": ("https://www.robots.ox.ac.uk/~vgg/data/pets/data/", str, "a mirror of the pets"),
     "split": ("test", ("train", "val", "test"), "the split to score"),
     "save": (None, str, "some of mask,overlay,cutout,panel"),
-    "max_pixels": (50_000_000, COUNT, "images with more pixels are refused"),
     "background": (None, str, "of cut-outs: a colour such as white or #ff8800, an image, or blur"),
     "crop": (False, bool, "crop cut-outs to the animal, with a margin"),
     "skip_existing": (False, bool, "leave out images whose results are there already"),
@@ -125,7 +125,7 @@ def command_line():
     machine = "device threads precision url max_pixels"
     model = f"threshold tta {machine} data root"
     command("train", "train from scratch, score the test split, draw the curves",
-            f"name resume device url max_pixels {' '.join(OPTIONS)}", out="runs")(
+            f"name resume device url {' '.join(OPTIONS)}", out="runs")(
         "model", nargs="?", choices=MODELS)
     command("eval", "score a split; per-breed table; gallery of the worst images",
             f"ckpt {model} split", out=None)
@@ -218,6 +218,7 @@ def train(args):
     device = pick_device(args.device)
     folder, config, last = open_run(args, device)
     torch.set_num_threads(config["threads"] or torch.get_num_threads())  # the same on a resume
+    data.set_max_pixels(config["max_pixels"])
     dataset = load_dataset(config, args.url)
     train_set = data.open_split(dataset, "train", config["size"], config["root"])
     val_set = data.open_split(dataset, "val", config["size"], config["root"])
@@ -296,6 +297,8 @@ def train(args):
                 save_model(folder / "best.pt", ema_model, config, run.history)
             if config["save_every"] and run.epoch % config["save_every"] == 0:
                 save_model(folder / f"epoch-{run.epoch}.pt", ema_model, config, run.history)
+            for name in ("test.json", "val.json"):
+                (folder / name).unlink(missing_ok=True)  # it is of fewer epochs
             data.write_csv(folder / "metrics.csv", run.history)
             data.draw_curves(folder / "curves.png", {folder.name: run.history},
                              score_names(config["class_names"])[0])
@@ -558,7 +561,7 @@ def catch_signals():
 
 # --------------------------------------------------------------------------- runs and checkpoints
 DEFAULTS = {"model": None} | {name: default for name, (default, *_) in OPTIONS.items()}
-RESUME_OVERRIDES = {"epochs", "threads", "save_every", "checkpoint_minutes", "root", "data"}
+RESUME_OVERRIDES = {*"epochs threads max_pixels save_every checkpoint_minutes root data".split()}
 
 def open_run(args, device):
     """The folder of a run, its config, and its last.pt, or None where it begins."""
@@ -691,8 +694,6 @@ def restore(run, model, ema_model, optimizers, last, folder):
                            (last["model"], last["ema"], *last["optimizers"])):
         part.load_state_dict(state)
     vars(run).update({name: last[name] for name in vars(run)})
-    for name in ("test.json", "val.json"):
-        (folder / name).unlink(missing_ok=True)  # it is of fewer epochs
 
 def init_from(model, config):
     """Starts from the weights of a best.pt; the head only where it has as many classes."""
@@ -721,9 +722,7 @@ def load(path, device="auto", precision="auto", threshold=0.5, tta=True):
 # --------------------------------------------------------------------------- eval, infer, compare
 def eval_dataset(args, config):
     """The dataset that --data and --root name, or else the one that the model was trained on."""
-    config["root"] = args.root or config["root"]
-    if args.data and Path(args.data).resolve() != Path(config["data"]).resolve():
-        config |= {"data": args.data, "random_split": {}}
+    config["root"], config["data"] = args.root or config["root"], args.data or config["data"]
     dataset, names = load_dataset(config, args.url), config["class_names"]
     if dataset.class_names != names and not len(dataset.class_names) == len(names) == 2:
         raise UserError(f"{dataset.folder} has the classes {', '.join(dataset.class_names)}, the "
@@ -822,14 +821,15 @@ def infer(args):
         samples = [data.Sample("", path, "pet" in classes and data.find_ground_truth(path),
                                data.TRIMAP_TO_LABEL) for path in data.find_images(args.images)
                    if out.resolve() not in path.resolve().parents  # else it may be written by us
-                   or path.stem.rpartition("_")[2] not in data.OUTPUTS]
+                   or data.OUTPUTS.get(path.stem.rpartition("_")[2]) != path.suffix]
     else:
         samples = data.get_samples(eval_dataset(args, predictor.config), "test")
     names = data.unique_names([sample.image.stem for sample in samples])
     samples = [sample._replace(name=name) for sample, name in zip(samples, names)]
-    rows = data.read_predictions(table, outputs) if args.skip_existing and table.is_file() else {}
+    rows = data.read_predictions(table) if args.skip_existing and table.is_file() else {}
     todo = [s for s in samples if s.name not in rows
-            or rows[s.name]["file"] != data.escape_nonprintable(str(s.image))]
+            or rows[s.name]["file"] != data.escape_nonprintable(str(s.image))
+            or not all(data.output_path(out, s.name, output).is_file() for output in outputs)]
 
     # each thread takes batches of four: UNet needs 20 ms a photo instead of 30 (bfloat16, Xeon)
     threads, failed = torch.get_num_threads(), []
@@ -1036,7 +1036,7 @@ def main(args):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # clears away what is half-written
     warnings.showwarning = lambda message, *_: log(f"warning: {message}")
     try:
-        data.set_max_pixels(vars(args).get("max_pixels", OTHER_OPTIONS["max_pixels"][0]))
+        data.set_max_pixels(vars(args).get("max_pixels") or OPTIONS["max_pixels"][0])
         torch.set_num_threads(vars(args).get("threads") or torch.get_num_threads())
         if WORLD_SIZE > 1 and args.command not in ("train", "eval"):
             raise UserError(f"{args.command} runs in one process; leave out torchrun")
