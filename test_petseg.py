@@ -1405,7 +1405,7 @@ def test_infer_takes_images_of_any_kind_and_names_the_broken(trained, pets, tmp_
     assert all(re.search(f"warning: .*{sample.name}", done.stderr) for sample in damaged)
     assert result["scored"] == 1 and ("no pet found in ./a b.png" in done.stderr) == any(
         row["output"] == "a b" and row["left"] == "" for row in rows)
-    names = [*rf"-dash -dash-2 Cat cat-2 two\nlines \udcff {'x' * 200} {'x' * 200}-2".split(), "a b"]
+    names = [*rf"-dash -dash-2 Cat cat-2 two\nlines \udcff {'x'*200} {'x'*200}-2".split(), "a b"]
     sizes = {path.stem: Image.open(path).size for path in photos} | dict.fromkeys(names, (300, 7))
     outputs = {"mask.png": "L", "overlay.jpg": "RGB", "cutout.png": "RGBA", "panel.jpg": "RGB"}
     assert {path.name for path in out.iterdir()} == {"predictions.csv"} | {
