@@ -882,15 +882,15 @@ def compare(args):
             **{f"{args.split}_{name}": metrics[name] for name in score_names(names)},
             "minutes": sum(row["seconds"] for row in histories[run]) / 60,
             "machine": f"{config['device']}, {config['processes']} × {config['threads']} threads"})
-    if len({(*row, *split.names) for row, (_, split) in zip(rows, models.values())}) > 1:
-        raise UserError("these runs do not compare: images or metrics differ; maybe --data FOLDER")
+    # models of two classes compare, whatever these are called
+    if len({(*m.config["class_names"][2:], *split.names) for m, split in models.values()}) > 1:
+        raise UserError("these runs do not compare: images or classes differ; maybe --data FOLDER")
     spread, mean = torch.var_mean(torch.stack(scores), dim=0, correction=0)
     others = torch.tensor([0, 3, 6, 1, 4, 7, 2, 5]) * (len(mean) - 1) // 7  # far apart
     ids = torch.cat((mean.argsort()[:2], spread.argsort()[-2:], others)).tolist()
     draw_samples(out / "predictions.png", models, torch.tensor([*dict.fromkeys(ids)][:8]))
     data.draw_curves(out / "curves.png", histories, metric)
-    table = data.format_table(rows)
-    data.write_text(out / "table.md", table)
+    data.write_text(out / "table.md", table := data.format_table(rows))
     print_result(args, f"{table}\n{out}/", {"runs": rows, "out": args.out})
 
 # ------------------------------------------------------------------- data, summary, export, bench
