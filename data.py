@@ -445,9 +445,9 @@ def scan_image_and_mask_folders(folder, random_split):
     if len(samples) < 3:
         raise UserError(f"{folder} has {len(samples)} labelled images; at least 3 are needed")
     if {s.name for s in samples}.isdisjoint(sum((random_split or {}).values(), [])):
-        n, order = max(1, len(samples) // 10), seeded_generator("split")  # 10% val, 10% test
-        order = [samples[i].name for i in torch.randperm(len(samples), generator=order)]
-        random_split = {"val": sorted(order[:n]), "test": sorted(order[n:2 * n])}
+        n = max(1, len(samples) // 10)  # 10% val, 10% test, in an order that new images keep
+        order = sorted((s.name for s in samples), key=lambda s: seeded_generator(s).initial_seed())
+        random_split = {"val": order[:n], "test": order[n:2 * n]}
     split_of = {name: split for split, names in random_split.items() for name in names}
     splits = {split: chosen for split in ("train", "val", "test")
               if (chosen := [s for s in samples if split_of.get(s.name, "train") == split])}

@@ -726,8 +726,8 @@ def test_random_split_is_fixed_and_kept_and_what_has_no_partner_is_left_out(tmp_
     make_files(tmp_path, "images/7.jpg", "images/odd.jpg", "masks/spare.png")
     with pytest.warns() as warned:
         second = data.scan_dataset(tmp_path, random_split=first.random_split)
-    assert [*map(len, second.splits.values())] == [33, 4, 4]
-    assert second.splits["test"] == first.splits["test"]
+    assert [*map(len, (splits := second.splits).values())] == [33, 4, 4]
+    assert splits["test"] == first.splits["test"] == data.scan_dataset(tmp_path).splits["test"]
     assert re.search(r"(?s)7.png is left out.*7.jpg.*\n1 images.*odd.jpg\n1 masks.*spare.png",
                      "\n".join(str(each.message) for each in warned))
     for sample in first.splits["test"]:
