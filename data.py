@@ -1035,6 +1035,6 @@ def make_toys(root, seed=0, trainval=400, test=100):
             image.save(new / "images" / f"{name}.jpg", quality=90)
             trimap.save(new / "annotations" / "trimaps" / f"{name}.png")
             lines.append(f"{name} {i % len(breeds) + 1} {1 if name[0].isupper() else 2} 1\n")
-        (new / "annotations" / "trainval.txt").write_text("".join(lines[:trainval]))
+        (new / "annotations" / "trainval.txt").write_text("".join(sorted(lines[:trainval])))
         (new / "annotations" / "test.txt").write_text("".join(lines[trainval:]))
     return folder
