@@ -196,7 +196,7 @@ Sample = namedtuple("Sample", "name image mask classes")
 
 def set_max_pixels(pixels):
     """Refuses larger images before they are decoded: Pillow does so at twice what it is given."""
-    Image.MAX_IMAGE_PIXELS = pixels / 2
+    Image.MAX_IMAGE_PIXELS = (pixels or 50_000_000) / 2
 
 @contextlib.contextmanager
 def open_image(path):
@@ -207,7 +207,7 @@ def open_image(path):
         file = io.BytesIO(sys.stdin.buffer.read()) if str(path) == "-" else path
         with Image.open(file, formats=[*FORMATS]) as image:
             if max(image.size) > 65_500:
-                raise OSError("more than 65,500 pixels high or wide, too many for a JPEG")
+                raise OSError("more than 65,500 pixels high or wide, the limit of JPEG")
             yield image
     except Image.DecompressionBombError as error:
         raise ImageError(f"{path} has more than {2 * Image.MAX_IMAGE_PIXELS:,.0f} pixels; "
@@ -239,7 +239,7 @@ def to_photo(image):
     if isinstance(image, (str, Path)):
         return read_image(image)
     image = image if isinstance(image, Image.Image) else to_image(image)
-    profile = (image.info.get("icc_profile") or b"") * (image.mode[0] in "RP")
+    profile = (image.info.get("icc_profile") or b"") * image.mode.startswith(("RGB", "P"))
     alpha = image.info.get("alpha")  # of an image that was here before
     if image.mode.startswith(("I", "F")):  # over 8 bits
         values = np.nan_to_num(np.array(image, dtype=np.float32), posinf=0, neginf=0).clip(0)
@@ -441,11 +441,11 @@ def scan_image_and_mask_folders(folder, random_split):
     splits = {split: match_pairs(*pair, classes) for split, pair in pairs.items()}
     if "all" not in splits:
         return Dataset(folder, layout, class_names, splits, {})
-    samples = splits["all"]
-    if len(samples) < 3:
+    if len(samples := splits["all"]) < 3:
         raise UserError(f"{folder} has {len(samples)} labelled images; at least 3 are needed")
-    if {s.name for s in samples}.isdisjoint(sum((random_split or {}).values(), [])):
-        n = max(1, len(samples) // 10)  # 10% val, 10% test, in an order that new images keep
+    drawn, n = {*sum((random_split or {}).values(), [])}, max(1, len(samples) // 10)
+    if 2 * sum(s.name in drawn for s in samples) < max(1, len(drawn)):  # of other data, or none
+        # 10% val, 10% test, in an order that new images keep
         order = sorted((s.name for s in samples), key=lambda s: seeded_generator(s).initial_seed())
         random_split = {"val": order[:n], "test": order[n:2 * n]}
     split_of = {name: split for split, names in random_split.items() for name in names}

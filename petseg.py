@@ -84,8 +84,8 @@ OPTIONS = {
     "seed": (0, number(int, 0, 2**63 - 1), "of every random draw"),
     "save_every": (0, number(int, 0), "also keep a numbered checkpoint every so many epochs"),
     "checkpoint_minutes": (5.0, AMOUNT, "save last.pt within an epoch too; 0 for never"),
-    "threads": (None, COUNT, "CPU threads: OMP_NUM_THREADS, or the cores of this process"),
-    "max_pixels": (50_000_000, COUNT, "images with more pixels are refused"),
+    "threads": (None, COUNT, "CPU threads: OMP_NUM_THREADS, or the cores; a resume keeps its own"),
+    "max_pixels": (None, COUNT, "images with more pixels are refused: 50 million"),
 }
 OTHER_OPTIONS = {
     "json": (False, bool, "end with the result as one JSON object"),
@@ -217,8 +217,8 @@ def train(args):
     """Trains a model from scratch, or goes on with a run; then scores the test split."""
     device = pick_device(args.device)
     folder, config, last = open_run(args, device)
-    torch.set_num_threads(config["threads"] or torch.get_num_threads())  # the same on a resume
-    data.set_max_pixels(config["max_pixels"])
+    if last and config["processes"] == WORLD_SIZE:  # with as many threads it is bit-exact
+        torch.set_num_threads(config["threads"])
     dataset = load_dataset(config, args.url)
     train_set = data.open_split(dataset, "train", config["size"], config["root"])
     val_set = data.open_split(dataset, "val", config["size"], config["root"])
@@ -387,6 +387,7 @@ def pick_precision(name, device):
 
 def load_dataset(config, url):
     """The dataset of a config; the border is a class of its own where the config says so."""
+    data.set_max_pixels(config["max_pixels"])
     folder = data.find_data(config["data"], config["root"], url)
     dataset = data.scan_dataset(folder, config["classes"], config.get("random_split"))
     if config["border"] == "class":
@@ -561,7 +562,7 @@ def catch_signals():
 
 # --------------------------------------------------------------------------- runs and checkpoints
 DEFAULTS = {"model": None} | {name: default for name, (default, *_) in OPTIONS.items()}
-RESUME_OVERRIDES = {*"epochs threads max_pixels save_every checkpoint_minutes root data".split()}
+RESUME_OVERRIDES = {"epochs", "threads", "save_every", "checkpoint_minutes", "root", "data"}
 
 def open_run(args, device):
     """The folder of a run, its config, and its last.pt, or None where it begins."""
@@ -722,7 +723,7 @@ def load(path, device="auto", precision="auto", threshold=0.5, tta=True):
 # --------------------------------------------------------------------------- eval, infer, compare
 def eval_dataset(args, config):
     """The dataset that --data and --root name, or else the one that the model was trained on."""
-    config["root"], config["data"] = args.root or config["root"], args.data or config["data"]
+    config |= {k: value for k in ("data", "root", "max_pixels") if (value := vars(args)[k])}
     dataset, names = load_dataset(config, args.url), config["class_names"]
     if dataset.class_names != names and not len(dataset.class_names) == len(names) == 2:
         raise UserError(f"{dataset.folder} has the classes {', '.join(dataset.class_names)}, the "
@@ -826,10 +827,11 @@ def infer(args):
         samples = data.get_samples(eval_dataset(args, predictor.config), "test")
     names = data.unique_names([sample.image.stem for sample in samples])
     samples = [sample._replace(name=name) for sample, name in zip(samples, names)]
-    rows = data.read_predictions(table) if args.skip_existing and table.is_file() else {}
-    todo = [s for s in samples if s.name not in rows
-            or rows[s.name]["file"] != data.escape_nonprintable(str(s.image))
-            or not all(data.output_path(out, s.name, output).is_file() for output in outputs)]
+    old = data.read_predictions(table) if args.skip_existing and table.is_file() else {}
+    rows = {s.name: old[s.name] for s in samples if s.name in old
+            and old[s.name]["file"] == data.escape_nonprintable(str(s.image))
+            and all(data.output_path(out, s.name, output).is_file() for output in outputs)}
+    todo = [s for s in samples if s.name not in rows]
 
     # each thread takes batches of four: UNet needs 20 ms a photo instead of 30 (bfloat16, Xeon)
     threads, failed = torch.get_num_threads(), []
@@ -845,12 +847,11 @@ def infer(args):
             failed += [str(row) for row in new.values() if isinstance(row, UserError)]
             rows |= {name: row for name, row in new.items() if isinstance(row, dict)}
             if 0 < len(rows) % 100 <= batch and not data.is_file_name(out):  # should a kill come
-                data.write_csv(table, rows.values())
+                data.write_csv(table, (old | rows).values())
     finally:
         if rows and not data.is_file_name(out):
-            data.write_csv(table, rows.values())
+            data.write_csv(table, (old | rows).values())
 
-    rows = {name: rows[name] for name in names if name in rows}  # the table may have others
     result = {"out": str(out), "images": len(names) - len(failed),
               "skipped": len(names) - len(todo), "failed": len(failed)}
     for name in score_names(classes):
@@ -882,12 +883,11 @@ def compare(args):
             **{f"{args.split}_{name}": metrics[name] for name in score_names(names)},
             "minutes": sum(row["seconds"] for row in histories[run]) / 60,
             "machine": f"{config['device']}, {config['processes']} × {config['threads']} threads"})
-    # models of two classes compare, whatever these are called
-    if len({(*m.config["class_names"][2:], *split.names) for m, split in models.values()}) > 1:
+    if len({(*m.config["class_names"], *split.names) for m, split in models.values()}) > 1:
         raise UserError("these runs do not compare: images or classes differ; maybe --data FOLDER")
     spread, mean = torch.var_mean(torch.stack(scores), dim=0, correction=0)
     others = torch.tensor([0, 3, 6, 1, 4, 7, 2, 5]) * (len(mean) - 1) // 7  # far apart
-    ids = torch.cat((mean.argsort()[:2], spread.argsort()[-2:], others)).tolist()
+    ids = torch.cat((mean.argsort()[:2], spread.argsort()[-2:], others)).tolist()  # worst, unlike
     draw_samples(out / "predictions.png", models, torch.tensor([*dict.fromkeys(ids)][:8]))
     data.draw_curves(out / "curves.png", histories, metric)
     data.write_text(out / "table.md", table := data.format_table(rows))
@@ -1036,7 +1036,7 @@ def main(args):
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # clears away what is half-written
     warnings.showwarning = lambda message, *_: log(f"warning: {message}")
     try:
-        data.set_max_pixels(vars(args).get("max_pixels") or OPTIONS["max_pixels"][0])
+        data.set_max_pixels(vars(args).get("max_pixels"))
         torch.set_num_threads(vars(args).get("threads") or torch.get_num_threads())
         if WORLD_SIZE > 1 and args.command not in ("train", "eval"):
             raise UserError(f"{args.command} runs in one process; leave out torchrun")

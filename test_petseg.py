@@ -830,7 +830,7 @@ def test_leftovers_of_killed_processes_are_cleared_away_under_the_lock(tmp_path)
 
     def hold():
         with data.take_lock(tmp_path), data.atomic_path(tmp_path / "cache" / "val") as new:
-            make_files(tmp_path, new / "half", "run/.part-1/last.pt")  # a run has its own lock
+            make_files(tmp_path, new / "half", f"{data.PETS}/.part-1/a", "run/.part-1/last.pt")
             ready.set()
             time.sleep(60)
 
@@ -839,9 +839,9 @@ def test_leftovers_of_killed_processes_are_cleared_away_under_the_lock(tmp_path)
     assert ready.wait(60) and data.take_lock(tmp_path, wait=False) is None
     holder.kill()
     holder.join()
-    assert len(files(tmp_path)) == 2  # nothing was touched while the process lived
+    assert len(files(tmp_path)) == 3  # nothing was touched while the process lived
     with data.take_lock(tmp_path):
-        assert [*files(tmp_path)] == ["run/.part-1/last.pt"]
+        assert [*files(tmp_path)] == ["run/.part-1/last.pt"]  # a run has its own lock
         assert data.take_lock(tmp_path, wait=False) is None
     data.write_text(tmp_path / "a", "old")
     with open(tmp_path / "a") as reader:  # a file that is replaced stays whole for its readers
@@ -1223,7 +1223,7 @@ def test_stopped_saves_says_how_to_go_on_and_equals_undisturbed(root, tmp_path):
             os.kill(child.pid, signum)
         assert child.exitcode == code and len(read_rows(folder / "metrics.csv")) < 3
         command = child.stderr.splitlines()[-1].partition(f" {program or f'python {PROGRAM}'} ")[2]
-        run(*shlex.split(command))
+        run(*shlex.split(command)), run("eval", "--ckpt", folder)
         assert_same_run(folder, undisturbed)
 
 def make_infinite(part, name, path):
