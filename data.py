@@ -497,7 +497,7 @@ def read_classes(folder):
         kinds.add(len(numbers))
         if len(kinds) > 1 or max(numbers, default=0) > (255 if numbers[1:] else 65535):
             raise UserError(f"{path} has the line {line!r}; expected VALUE NAME, or R G B NAME, or "
-                            "NAME, alike in all lines")
+                            "NAME, the same in all lines")
         value = RGB_FLAG + int.from_bytes(numbers, "big") if numbers[1:] else (*numbers, i)[0]
         name = None if name.lower() in ("void", "ignore") else name
         if value in name_of or name and name in name_of.values():

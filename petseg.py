@@ -298,7 +298,7 @@ def train(args):
             if config["save_every"] and run.epoch % config["save_every"] == 0:
                 save_model(folder / f"epoch-{run.epoch}.pt", ema_model, config, run.history)
             for name in ("test.json", "val.json"):
-                (folder / name).unlink(missing_ok=True)  # it is of fewer epochs
+                (folder / name).unlink(missing_ok=True)  # scores of fewer epochs
             data.write_csv(folder / "metrics.csv", run.history)
             data.draw_curves(folder / "curves.png", {folder.name: run.history},
                              score_names(config["class_names"])[0])

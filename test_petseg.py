@@ -166,7 +166,7 @@ def test_encoder_computes_what_the_resnet34_of_the_paper_computes():
 @pytest.mark.parametrize("model", MODELS)
 def test_networks_take_any_size_and_a_batch_of_one(model, upsample):
     network = model(in_channels=2, classes=3, width=8, upsample=upsample).eval()
-    for height, width in [(47, 63)] + [(side, 97 - side) for side in range(32, 66)]:
+    for height, width in [(47, 63)] + [(n, 97 - n) for n in range(32, 66)]:
         assert network(torch.rand(2, 2, height, width)).shape == (2, 3, height, width)
     network.train()(torch.rand(1, 2, 32, 32)).sum().backward()  # 1×1 at the ResNet's bottom
     assert all(p.grad.isfinite().all() for p in network.parameters())
@@ -844,7 +844,7 @@ def test_leftovers_of_killed_processes_are_cleared_away_under_the_lock(tmp_path)
         assert [*files(tmp_path)] == ["run/.part-1/last.pt"]  # a run has its own lock
         assert data.take_lock(tmp_path, wait=False) is None
     data.write_text(tmp_path / "a", "old")
-    with open(tmp_path / "a") as reader:  # a file that is replaced stays whole for its readers
+    with open(tmp_path / "a") as reader:  # a file that is replaced stays as it was for its readers
         data.write_text(tmp_path / "a", "new")
         assert reader.read() == "old"
 
@@ -1100,8 +1100,8 @@ def test_scores_are_of_each_image_once_and_of_the_mean_of_four_views(trained, to
     split = data.open_split(data.scan_dataset(toys), "test", (64, 64), tmp_path)
     (images, labels), predictor = data.get_batch(split, torch.arange(10)), load(trained["unet"])
     views, target = [], data.labels_to_target(labels)
-    for side, flip in (64, ()), (64, (3,)), (48, ()), (80, (3,)):
-        view = F.interpolate(data.normalize(images).flip(flip), (side, side), mode="bilinear",
+    for size, flip in (64, ()), (64, (3,)), (48, ()), (80, (3,)):
+        view = F.interpolate(data.normalize(images).flip(flip), (size, size), mode="bilinear",
                              antialias=True)
         probs = predictor.model(view).sigmoid().flip(flip)
         views.append(F.interpolate(probs, (64, 64), mode="bilinear"))
@@ -1542,8 +1542,8 @@ def test_every_python_block_of_readme_and_docs_runs(tmp_path, monkeypatch, capsy
 
 def test_infer_leaves_out_its_own_outputs_and_holds_few_bytes_a_pixel(trained, tmp_path):
     words, peaks = ("infer", "--ckpt", trained["unet"], tmp_path, "--out"), []
-    for name, side in ("photo.png", 40), ("a_mask.png", 4000):
-        Image.linear_gradient("L").resize((side, side)).convert("RGB").save(tmp_path / name)
+    for name, size in ("photo.png", 40), ("a_mask.png", 4000):
+        Image.linear_gradient("L").resize((size, size)).convert("RGB").save(tmp_path / name)
         peaks.append(int(run(*words, tmp_path / "out").peak))
     assert (peaks[1] - peaks[0]) * (1 if sys.platform == "darwin" else 1024) < 30 * 4000 * 4000
     for out, images in ("out", 1), ("more", 4):  # elsewhere a name like that may be a photo's
