@@ -576,8 +576,7 @@ def get_pets(root, url, archives=PETS_MD5, retry_delays=(1, 2, 4, 8, 16)):
             continue
         folder.mkdir(parents=True, exist_ok=True)
         download(f"{url.rstrip('/')}/{name}", archive, retry_delays)
-        content_md5 = archive.stat().st_size and hashlib.md5(  # an empty file cannot be mapped
-            np.memmap(archive, mode="r"), usedforsecurity=False).hexdigest()
+        content_md5 = hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest()
         if content_md5 != md5:
             archive.unlink()
             raise DownloadError(f"{archive} with a wrong checksum is deleted; try again, or --url")
@@ -777,6 +776,8 @@ def save_image(image, path):
     if str(path) == "-":
         return image.save(sys.stdout.buffer, "PNG", **options)
     kind = Image.registered_extensions()[Path(path).suffix.lower()]
+    if kind == "WEBP" and max(image.size) > 16_383:
+        raise UserError(f"{path}: a WebP is at most 16,383 pixels high and wide; take png or jpg")
     image = to_photo(image) if kind == "JPEG" else image  # in which nothing is transparent
     with atomic_path(path) as new:
         image.save(new, kind, **options)
@@ -978,9 +979,8 @@ def draw_curves(path, runs, metric="dice"):
     draw.text((1800, 10), title, "black", font_size=36, anchor="mt")
     for left, quantity in ((110, "loss"), (1310, metric), (2510, "lr")):
         draw_plot(draw, left, runs, quantity, metric)
-    draw.text((1800, 1096), "thin: train, the network of each step on augmented images; bold: val, "
-              "the EMA of the weights, if any, on plain images, so it may lie above train", "black",
-              font_size=24, anchor="mt")
+    draw.text((1800, 1096), "thin: train, on augmented images; bold: val, the EMA of the weights, on "
+              "plain images, so it may lie above train", "black", font_size=24, anchor="mt")
     save_image(image.resize((2400, 760), Image.Resampling.LANCZOS), path)
 
 # ---------------------------------------------------------------------------------- the toy pets

@@ -839,7 +839,7 @@ def infer(args):
     batch = max(1, min(4, len(todo) // threads))
     results = data.parallel_map(
         lambda part: segment_images(predictor, part, outputs, out, background, args.crop),
-        [todo[i:i + batch] for i in range(0, len(todo), batch)], threads)
+        [todo[i:i + batch] for i in range(0, len(todo), batch)], threads, errors=())
     if not data.is_file_name(out):
         data.take_lock(out, wait=False)  # clears away what a kill has left there
     try:

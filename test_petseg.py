@@ -1112,7 +1112,6 @@ def test_scores_are_of_each_image_once_and_of_the_mean_of_four_views(trained, to
         loss, confusion = petseg.evaluate(predictor, split, batch_size=batch_size)
         assert loss == pytest.approx(layers.bce_dice_loss(logits, target).item(), rel=1e-4)
         assert petseg.image_scores(confusion, TWO).tolist() == pytest.approx(dices, abs=2e-3)
-    # IoU 3/6, 4/7, of none; and an image all ignored
     confusion = torch.tensor([[[3, 1, 0], [2, 4, 0], [0, 0, 0]], [[0, 0, 0]] * 3])
     assert petseg.image_scores(confusion, "abc").tolist() == pytest.approx([(3 / 6 + 4 / 7) / 2, 0])
 
@@ -1469,10 +1468,11 @@ def test_backgrounds_and_crops(tmp_path):
 def test_profiles_go_along_where_they_fit(tmp_path):
     for mode in ("RGB", "RGBA", "P", "CMYK", "L"):
         Image.new(mode, (9, 9)).save(tmp_path / "a.tif", icc_profile=b"profile")
-        for name in ("b.png", "b.jpg", "b.webp"):
-            data.save_image(data.to_photo(tmp_path / "a.tif"), tmp_path / name)
-            profile = Image.open(tmp_path / name).info.get("icc_profile", b"")
-            assert profile == b"profile" * (mode in ("RGB", "RGBA", "P"))
+        for path in (tmp_path / f"b.{kind}" for kind in ("png", "jpg", "webp")):
+            data.save_image(data.to_photo(tmp_path / "a.tif"), path)
+            assert Image.open(path).info.get("icc_profile", b"") == b"profile" * (mode[0] in "RP")
+    Image.new("L", (16_384, 1)).save(tmp_path / "wide.png")
+    assert "16,383" in refused("infer", tmp_path / "wide.png", "--out", tmp_path / "d.webp")
     content, part = (tmp_path / "b.jpg").read_bytes(), b"\xff\xe2\0\x11ICC_PROFILE\0\x01\x02a"
     (tmp_path / "c.jpg").write_bytes(content[:2] + part + content[2:])  # part 2 is missing
     assert data.read_image(tmp_path / "c.jpg").size == (9, 9)
