@@ -55,11 +55,11 @@ def get_samples(dataset, split):
 
 def open_split(dataset, split, size, root):
     """A split of a dataset at `size`, from root/cache, where the first use decodes it. The name
-    there is a hash of the sizes and times of all files and of what mask values mean."""
+    there is a hash of the sizes and times of all files and of what changes how they are read."""
     samples = get_samples(dataset, split)
-    stats = [os.stat(p) if os.path.exists(p) else None for s in samples for p in s[1:3]]
+    stats = [os.stat(p) if os.access(p, os.R_OK) else None for s in samples for p in s[1:3]]
     facts = [[s and (s.st_size, s.st_mtime_ns) for s in stats], Image.MAX_IMAGE_PIXELS,
-             [(s.name, s.classes and [*s.classes.items()]) for s in samples]]
+             sorted(FORMATS), [(s.name, s.classes and [*s.classes.items()]) for s in samples]]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     name = f"{dataset.folder.resolve().name}-{split}-{size[0]}x{size[1]}-{key}"
     path = Path(root) / "cache" / name
@@ -215,7 +215,7 @@ def open_image(path):
     except DECODE_ERRORS as error:
         if Path(path).suffix.lower() in (".heic", ".heif") and "HEIF" not in FORMATS:
             error = f"to read it: {sys.executable} -m pip install pillow-heif"
-        raise ImageError(f"{path}: {str(error).partition(' <_io')[0]}") from None
+        raise ImageError(f"{path}: {(str(error) or repr(error)).partition(' <_io')[0]}") from None
 
 def read_image(path, size=None, mask_size=None):
     """A photo as an upright RGB image at `size`; a large JPEG is decoded at 1/2 to 1/8."""
@@ -530,7 +530,7 @@ def find_ground_truth(image):
     return path if os.path.isfile(path) else None  # Path.is_file raises where a name is too long
 
 def unique_names(names):
-    """A file name for each: on one line, of at most 200 bytes, numbered where it comes again."""
+    """A file name for each: on one line, cut at 200 bytes, and then numbered if it comes again."""
     taken = {}  # {without case: name}: some file systems ignore case
     for name in names:
         stem = escape_nonprintable(name).encode()[:200].decode(errors="ignore")
@@ -540,7 +540,7 @@ def unique_names(names):
     return [*taken.values()]
 
 def verify(dataset):
-    """Reads all: errors {split: [...]}, notes, fractions of the pixels by label {split: (255,)}."""
+    """Reads all: (errors {split: [...]}, notes, the pixels' fractions by label {split: (255,)})."""
     def inspect(sample):
         labels, notes = read_pair(sample, (32, 32))[1], []
         with open_image(sample.image) as image:
@@ -808,7 +808,7 @@ def remove_islands(mask):
     def find_runs(mask):  # where they start and end, as y · (W + 1) + x
         return np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2).T
 
-    mask, largest, row = mask.copy(), 0, mask.shape[1] + 1
+    mask, largest, row = np.pad(mask, 1), 0, mask.shape[1] + 3  # no hole touches the border
     for value, part in ((True, 0.05), (False, 0.01)):
         regions = mask == value
         starts, ends = find_runs(regions)
@@ -825,7 +825,7 @@ def remove_islands(mask):
         for run in np.flatnonzero(sizes[label] < part * largest):
             y, x = divmod(starts[run], row)
             mask[y, x:x + ends[run] - starts[run]] = not value
-    return mask
+    return mask[1:-1, 1:-1]
 
 def without_islands(probs, threshold):
     """Probabilities (C, h, w) with the foreground's islands and holes corrected."""
@@ -979,8 +979,8 @@ def draw_curves(path, runs, metric="dice"):
     draw.text((1800, 10), title, "black", font_size=36, anchor="mt")
     for left, quantity in ((110, "loss"), (1310, metric), (2510, "lr")):
         draw_plot(draw, left, runs, quantity, metric)
-    draw.text((1800, 1096), "thin: train, on augmented images; bold: val, the EMA of the weights, on "
-              "plain images, so it may lie above train", "black", font_size=24, anchor="mt")
+    draw.text((1800, 1096), "thin: train, on augmented images; bold: val, the EMA of the weights "
+              "on plain images, so it may lie above train", "black", font_size=24, anchor="mt")
     save_image(image.resize((2400, 760), Image.Resampling.LANCZOS), path)
 
 # ---------------------------------------------------------------------------------- the toy pets

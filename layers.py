@@ -17,7 +17,7 @@ IGNORE_INDEX = 255  # pixels with this target are neither learned nor scored
 
 # ---------------------------------------------------------------------------------------- blocks
 class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm2d, by its running statistics where a channel has one value, and so no variance."""
+    """BatchNorm2d that uses its running statistics where a channel has one value: no variance."""
 
     def forward(self, x):
         use_batch_stats = self.training and x.numel() > x.shape[1]
@@ -179,7 +179,7 @@ MODELS = {"unet": UNet, "resnet34_unet": ResNet34UNet}
 
 def init_weights(model):
     """He initialization (https://arxiv.org/abs/1502.01852): variance 2 / fan_in. Residual blocks
-    start as the identity: their last γ is 0 (https://arxiv.org/abs/1706.02677, 5.1)."""
+    start as their shortcut: their last γ is 0 (https://arxiv.org/abs/1706.02677, 5.1)."""
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
             # with kernel = stride, an output of a transposed convolution has one tap per channel

@@ -93,7 +93,7 @@ OTHER_OPTIONS = {
     "resume": (None, str, "go on with the run in this folder"),
     "out": (None, str, "where the results go"),
     "ckpt": (Path(__file__).parent / "weights/unet.pt", Path, "a best.pt, or the run's folder"),
-    "threshold": (0.5, FRACTION, "probability from which on a pixel is foreground, of two classes"),
+    "threshold": (0.5, FRACTION, "from this probability on foreground: two classes, and cut-outs"),
     "tta": (True, bool, "test-time augmentation: average over flipped and rescaled views"),
     "device": ("auto", ("auto", "cpu", "cuda", "mps"), "where to compute"),
     "url": ("https://www.robots.ox.ac.uk/~vgg/data/pets/data/", str, "a mirror of the pets"),
@@ -196,7 +196,7 @@ def train_step(config, model, optimizers, train_set, indices, epoch, step, class
         with torch.autocast(device.type, torch.bfloat16, enabled=config["precision"] == "bf16"):
             logits = model(data.normalize(images))
         loss = layers.LOSSES[config["loss"]](logits, target, class_weights)
-        # each image counts the same, however the batches fall
+        # a mean over images; in each micro-batch the BCE is one over the pixels not ignored
         (loss * len(batch) / len(indices)).backward()
 
         mask = layers.probs_to_mask(layers.probabilities(logits.detach()))
@@ -214,7 +214,7 @@ def train_step(config, model, optimizers, train_set, indices, epoch, step, class
     return all_reduce(torch.where(norm.isfinite(), sums, 0)), all_reduce(confusion)
 
 def train(args):
-    """Trains a model from scratch, or goes on with a run; then scores the test split."""
+    """Trains a model, or goes on with a run; then scores the test split or, without one, val."""
     device = pick_device(args.device)
     folder, config, last = open_run(args, device)
     if last and config["processes"] == WORLD_SIZE:  # with as many threads it is bit-exact
@@ -297,7 +297,7 @@ def train(args):
                 save_model(folder / "best.pt", ema_model, config, run.history)
             if config["save_every"] and run.epoch % config["save_every"] == 0:
                 save_model(folder / f"epoch-{run.epoch}.pt", ema_model, config, run.history)
-            for name in ("test.json", "val.json"):
+            for name in ("train.json", "val.json", "test.json"):
                 (folder / name).unlink(missing_ok=True)  # scores of fewer epochs
             data.write_csv(folder / "metrics.csv", run.history)
             data.draw_curves(folder / "curves.png", {folder.name: run.history},
@@ -420,7 +420,7 @@ def build_model(config, device="cpu"):
 # (scale, flipped): the flip gains 0.003 to 0.005 of val Dice (14 runs), the scales up to 0.003 (9)
 TTA_VIEWS = ((1, True), (0.75, False), (1.25, True))
 
-# probs (C, h, w) at the model's size, clean: without islands; mask (H, W): class indices
+# probs (C, h, w) at the model's size; mask (H, W): class indices; clean: probs without islands
 Segmentation = namedtuple("Segmentation", "photo probs mask clean")
 
 class Predictor:
@@ -570,14 +570,14 @@ def open_run(args, device):
     if not (args.resume or args.name and any(folder.glob("*.pt"))):
         if not args.model:
             raise UserError(f"which model? {PROGRAM} train unet, or train resnet34_unet")
+        if args.minutes and args.epochs:
+            raise UserError("--minutes settles the number of epochs; leave out --epochs")
         where = data.find_data(args.data or "auto", args.root or "data", args.url).resolve()
         if args.data in (None, "auto"):
             args.data = "toy" if where.name == data.TOYS else "pets"
         run = os.environ.get("TORCHELASTIC_RUN_ID") or f"{datetime.now():%Y%m%d-%H%M%S-%f}"
         folder = Path(args.out, args.name or re.sub(r"\W", "-", f"{where.name}-{args.model}-{run}"))
         if not any(folder.glob("*.pt")):
-            if args.minutes and args.epochs:
-                raise UserError("--minutes settles the number of epochs; leave out --epochs")
             return folder, resolve_config(vars(args), device), None
 
     last = load_last(folder)
@@ -684,8 +684,8 @@ def load_last(folder):
             return load_checkpoint(path, "last.pt")
         except UserError as error:
             log(f"warning: {error}")
-    raise UserError(f"{folder} has no last.pt to go on from; begin anew with another --name, maybe "
-                    f"from its best weights: --init-from {folder}/best.pt")
+    raise UserError(f"{folder} has no last.pt to go on from; begin anew with another --name; if "
+                    f"there is a best.pt, from its weights: --init-from {folder}/best.pt")
 
 def restore(run, model, ema_model, optimizers, last, folder):
     """Puts what a last.pt holds into a run."""
