@@ -360,7 +360,8 @@ def newton_schulz(matrices, steps=4, dtype=torch.float32):
     gram = torch.stack([x @ x.mT for x in wide])                     # (N, side, side)
     identity = torch.eye(gram.shape[1], dtype=dtype, device=gram.device)
     product = identity.expand_as(gram)
-    # on G alone, as P X has the Gram matrix P G P: half the time of multiplying X in each step
+    # on G alone, as P X has the Gram matrix P G P: half the time of multiplying X in each step. In
+    # bfloat16 rounding makes eigenvalues of G negative, and those grow: values up to 2.5, not 1.2
     for _ in range(steps):
         poly = a * identity + b * gram + c * gram @ gram
         gram, product = poly @ gram @ poly, poly @ product
@@ -376,7 +377,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, params, weight_decay=0.0, momentum=0.95, dtype=torch.float32):
         super().__init__(params, {"lr": 0.0, "weight_decay": weight_decay, "momentum": momentum,
                                   "odd": 0})
-        self.dtype = dtype  # of Newton–Schulz; bfloat16 takes 5 to 8% off a step of ResNet34UNet
+        self.dtype = dtype  # bfloat16 takes 15% off a step of ResNet34UNet; UNet's Dice is the same
 
     @torch.no_grad()
     def step(self):
