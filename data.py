@@ -58,7 +58,7 @@ def open_split(dataset, split, size, root):
     there is a hash of the sizes and times of all files and of what changes how they are read."""
     samples = get_samples(dataset, split)
     stats = [os.stat(p) if os.access(p, os.R_OK) else None for s in samples for p in s[1:3]]
-    facts = [[s and (s.st_size, s.st_mtime_ns) for s in stats], Image.MAX_IMAGE_PIXELS,
+    facts = [[stat and (stat.st_size, stat.st_mtime_ns) for stat in stats], Image.MAX_IMAGE_PIXELS,
              sorted(FORMATS), [(s.name, s.classes and [*s.classes.items()]) for s in samples]]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     name = f"{dataset.folder.resolve().name}-{split}-{size[0]}x{size[1]}-{key}"
@@ -121,10 +121,10 @@ def augment(images, labels, rng, size=None, p=1.0, flip=0.0, vflip=0.0, rotate=0
     batch, _, height, width = images.shape
     applied = (torch.rand(batch, generator=rng) < p).float()
 
-    def uniform(magnitude):  # in ±magnitude, 0 for the images that are left alone
+    def uniform(magnitude):  # on the CPU, as rng; 0 where an image is left alone
         return (2 * torch.rand(batch, generator=rng) - 1) * magnitude * applied
 
-    # theta maps a pixel of the result to where to look in the image, both in -1..1
+    # theta maps a pixel of the result to where to look in the image; each side is -1..1
     angle, scale = uniform(math.radians(rotate)), torch.exp(uniform(math.log(zoom)))
     cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
     stretch = torch.exp(uniform(math.log(aspect)))
@@ -209,9 +209,8 @@ def open_image(path):
             if max(image.size) > 65_500:
                 raise OSError("more than 65,500 pixels high or wide, the limit of JPEG")
             yield image
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{path} has more than {2 * Image.MAX_IMAGE_PIXELS:,.0f} pixels; "
-                         "--max-pixels sets this limit") from error
+    except Image.DecompressionBombError:
+        raise ImageError(f"{path} has over {2 * Image.MAX_IMAGE_PIXELS:,.0f} pixels (--max-pixels)")
     except DECODE_ERRORS as error:
         if Path(path).suffix.lower() in (".heic", ".heif") and "HEIF" not in FORMATS:
             error = f"to read it: {sys.executable} -m pip install pillow-heif"
@@ -228,7 +227,7 @@ def read_image(path, size=None, mask_size=None):
                             .format(path, *upright_size, *mask_size))
         if size:
             image.draft("RGB", (2 * max(size), 2 * max(size)))
-        if mask_size in (None, upright_size):  # a mask of the stored image wants it as stored
+        if mask_size in (None, upright_size):  # else the mask is of the image as stored
             ImageOps.exif_transpose(image, in_place=True)
         image = to_photo(image)  # reads the pixels, while the file is open
         return image.resize(size[::-1], Image.Resampling.BILINEAR) if size else image
@@ -253,7 +252,7 @@ def to_photo(image):
     return image
 
 def white_level(image):
-    """White of over 8 bits: the next 2ᵏ − 1, as 12 bits are stored in 16; of floats the largest."""
+    """White beyond 8 bits: the next 2ᵏ − 1, as 12 bits are stored in 16; of floats the largest."""
     largest = np.max(image, where=np.isfinite(image), initial=1)
     return largest if image.mode == "F" else max(255, 2 ** int(largest).bit_length() - 1)
 
@@ -369,7 +368,7 @@ Dataset = namedtuple("Dataset", "folder layout class_names splits random_split")
 # "test": names} where we drew it, {} where the folder says
 
 def scan_dataset(folder, classes=None, random_split=None):
-    """Finds a folder's layout and its samples. A new layout is a function like `scan_pets`."""
+    """Finds a folder's layout and its samples. A new layout is a function here like those."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; name one with --data")
@@ -439,13 +438,16 @@ def scan_image_and_mask_folders(folder, random_split):
     layout = " and ".join(f"{p.relative_to(folder)}/" for pair in pairs.values() for p in pair)
     classes, class_names = read_classes(folder)
     splits = {split: match_pairs(*pair, classes) for split, pair in pairs.items()}
-    if "all" not in splits:
-        return Dataset(folder, layout, class_names, splits, {})
-    if len(samples := splits["all"]) < 3:
+    if "all" in splits:
+        return split_at_random(folder, layout, class_names, splits["all"], random_split)
+    return Dataset(folder, layout, class_names, splits, {})
+
+def split_at_random(folder, layout, class_names, samples, random_split):
+    """A Dataset with 10% val and 10% test, in an order that new images keep."""
+    if len(samples) < 3:
         raise UserError(f"{folder} has {len(samples)} labelled images; at least 3 are needed")
     drawn, n = {*sum((random_split or {}).values(), [])}, max(1, len(samples) // 10)
     if 2 * sum(s.name in drawn for s in samples) < max(1, len(drawn)):  # of other data, or none
-        # 10% val, 10% test, in an order that new images keep
         order = sorted((s.name for s in samples), key=lambda s: seeded_generator(s).initial_seed())
         random_split = {"val": order[:n], "test": order[n:2 * n]}
     split_of = {name: split for split, names in random_split.items() for name in names}
@@ -473,8 +475,7 @@ def match_pairs(images, masks, classes):
                for name, mask in partner.items() if mask in mask_of]
     if not samples:
         raise UserError(f"no mask in {masks} has the name of an image in {images}, with or without "
-                        f"the same text around it in all; the first names are "
-                        f"{next(iter(image_of))} and {next(iter(mask_of))}")
+                        f"more text; the first are {next(iter(image_of))} and {next(iter(mask_of))}")
     for kind, rest in (("images without a mask", image_of), ("masks without an image", mask_of)):
         if rest:
             warnings.warn(f"{len(rest)} {kind} are left out, such as {next(iter(rest.values()))}")
@@ -984,8 +985,7 @@ def draw_curves(path, runs, metric="dice"):
     save_image(image.resize((2400, 760), Image.Resampling.LANCZOS), path)
 
 # ---------------------------------------------------------------------------------- the toy pets
-# Cats and dogs drawn from a seed, on things of like colours and textures: a network has to learn
-# shapes. Of each breed, cats in capitals: the width and height of its marks
+# breeds, cats in capitals: width and height of their marks; colours tell nothing, shapes must
 COATS = {"Tabby": (7, 60), "Calico": (45, 45), "Smoke": (300, 300),
          "pointer": (11, 11), "collie": (60, 30), "terrier": (3, 3)}
 # ellipses by two corners of their boxes, triangles by three points: trunk, head, tail, legs; ears

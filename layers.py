@@ -117,8 +117,8 @@ class EncoderDecoder(nn.Module):
         return self.head(x)[..., :height, :width]                    # (B, classes, H, W)
 
     def forward_stage(self, stage, *inputs):
-        """stage(*inputs); with gradient checkpointing its activations are recomputed in backward,
-        on a copy of the BatchNorm buffers, which would else be updated twice per step."""
+        """stage(*inputs); gradient checkpointing calls it again in backward. The first call pops {}
+        and so updates the BatchNorm buffers, the second a copy, else they would change twice."""
         if not (self.gradient_checkpointing and self.training):
             return stage(*inputs)
         buffers = [{name: buffer.clone() for name, buffer in stage.named_buffers()}, {}]
@@ -182,7 +182,7 @@ def init_weights(model):
     start as their shortcut: their last γ is 0 (https://arxiv.org/abs/1706.02677, 5.1)."""
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-            # with kernel = stride, an output of a transposed convolution has one tap per channel
+            # kernel = stride: an output of a transposed convolution sees one weight per channel
             kernel_area = module.kernel_size[0] ** 2 if isinstance(module, nn.Conv2d) else 1
             nn.init.normal_(module.weight, std=math.sqrt(2 / (module.in_channels * kernel_area)))
             if module.bias is not None:
@@ -300,14 +300,14 @@ def scale_size(size, factor):
 
 def train_image_size(config, epoch):
     """Progressive resizing: of the first `progressive` · `epochs` epochs two thirds train at 1/2
-    size, the others at 3/4. UNet, equal pixels: val Dice 0.891, without 0.873 (two seeds)."""
-    small = round(config["progressive"] * config["epochs"], 6)  # epochs; 100 · 0.29 < 29
+    size, the others at 3/4. UNet, same compute: val Dice 0.891, without 0.873 (two seeds)."""
+    small = round(config["progressive"] * config["epochs"], 6)  # epochs; 100 · 0.29 is 28.99…
     if epoch > small or epoch == config["epochs"]:
         return config["size"]
     return scale_size(config["size"], 0.75 if epoch > round(small * 2 / 3, 6) else 0.5)
 
 def epoch_progress(config):
-    """The fraction of the run's pixels that is done before each epoch, from 0.0 to a final 1.0."""
+    """For each epoch the fraction of the run's pixels that is done before it, and a final 1.0."""
     pixels = [math.prod(train_image_size(config, i + 1)) for i in range(config["epochs"])]
     return [done / sum(pixels) for done in itertools.accumulate(pixels, initial=0)]
 
@@ -352,8 +352,8 @@ SCHEDULES = {"cosine": cosine, "constant": constant, "plateau": plateau,
 
 # ------------------------------------------------------------------------------------- optimizers
 def newton_schulz(matrices, steps=4, dtype=torch.float32):
-    """Orthogonalizes matrices with equal shorter sides: singular values above 0.006 of the norm go
-    to 0.7 to 1.2, vectors stay. A step is X ← (a I + b G + c G²) X, G = XXᵀ the Gram matrix."""
+    """Orthogonalizes matrices of one shorter side: singular vectors stay, values over 0.006 of the
+    norm go to 0.7 to 1.2. A step is X ← (a I + b G + c G²) X, G = XXᵀ the Gram matrix."""
     a, b, c = 3.4445, -4.7750, 2.0315
     wide = [x.mT if x.shape[0] > x.shape[1] else x for x in matrices]  # G has the shorter side
     wide = [(x / (x.norm() + 1e-7)).to(dtype) for x in wide]
@@ -434,8 +434,8 @@ def guided_filter(image, p, radius, eps=1e-4):
     mean, mean_p, cov_p, cov = box_mean(products, radius).split((3, 1, 3, 9))
     cov_p = cov_p - mean * mean_p                                    # (3, H, W)
     cov = cov.unflatten(0, (3, 3)) - mean[:, None] * mean            # (3, 3, H, W)
-    cov = cov + eps * torch.eye(3).view(3, 3, 1, 1)                  # Σ + εU
-    # the inverse of a symmetric 3×3 matrix: its adjugate, cross products of rows, by determinant
+    cov = cov + eps * torch.eye(3).view(3, 3, 1, 1)                  # Σ + εI
+    # the inverse of a symmetric 3×3 matrix: its adjugate (cross products of rows) / determinant
     adjugate = torch.stack([torch.linalg.cross(cov[i - 2], cov[i - 1], dim=0) for i in range(3)])
     a = (adjugate * cov_p[:, None]).sum(dim=0) / (adjugate[0] * cov[0]).sum(dim=0)
     return box_mean(torch.cat((a, mean_p - (a * mean).sum(dim=0, keepdim=True))), radius)

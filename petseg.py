@@ -66,7 +66,7 @@ OPTIONS = {
     "weight_decay": (0.005, AMOUNT, "decoupled weight decay (not for adam)"),
     "schedule": ("cosine", ("cosine", "constant", "plateau", "exponential", "inverse_sqrt"),
                  "learning-rate schedule"),
-    "warmup": (0.15, FRACTION, "fraction of the run that warms up, for cosine and inverse_sqrt"),
+    "warmup": (0.15, FRACTION, "fraction of the run that warms up, where the schedule does"),
     "gamma": (0.99, FRACTION, "factor per epoch, for exponential"),
     "grad_clip": (1.0, AMOUNT, "largest gradient norm, 0 for no limit"),
     "grad_accum": (1, COUNT, "batches per optimizer step"),
@@ -196,7 +196,7 @@ def train_step(config, model, optimizers, train_set, indices, epoch, step, class
         with torch.autocast(device.type, torch.bfloat16, enabled=config["precision"] == "bf16"):
             logits = model(data.normalize(images))
         loss = layers.LOSSES[config["loss"]](logits, target, class_weights)
-        # a mean over images; in each micro-batch the BCE is one over the pixels not ignored
+        # a mean over images; the BCE of a micro-batch is a mean over its pixels not ignored
         (loss * len(batch) / len(indices)).backward()
 
         mask = layers.probs_to_mask(layers.probabilities(logits.detach()))
@@ -602,11 +602,11 @@ def resolve_config(options, device):
         config |= model | {"size": start["size"]}
     config |= typed
     config["precision"] = pick_precision(config["precision"], device)
-    gpu, unet = device.type == "cuda", config["model"] == "unet"
+    gpu, resnet = device.type == "cuda", config["model"] == "resnet34_unet"
     # val Dice of `full` and `strong` (a run each): 0.910, 0.897 in 11 epochs; 0.934, 0.937 in 250
     preset = "strong" if config["epochs"] >= 100 else "full"
     fitting = {"size": (256, 256) if gpu else (128, 128), "batch_size": 32 if gpu else 16,
-               "width": 64 if gpu else 16 if unet else 32, "augment": AUGMENT_PRESETS[preset],
+               "width": 64 if gpu else 32 if resnet else 16, "augment": AUGMENT_PRESETS[preset],
                "lr": 0.02 if config["optimizer"] == "muon" else 0.004}
     return config | {name: value for name, value in fitting.items() if config[name] is None}
 

@@ -49,7 +49,7 @@ torch.set_num_threads(1)  # models this small gain nothing from a second one
 os.environ |= {"OMP_NUM_THREADS": "1", "no_proxy": "127.0.0.1", "PYTHONPATH": str(PROGRAM.parent),
                **dict(re.findall(r"(MALLOC\w+)=(\d+)", PROGRAM.with_name("run.sh").read_text()))}
 pytestmark = pytest.mark.filterwarnings("ignore::Warning:PIL", "ignore::UserWarning:data")
-MODELS, TWO = [layers.UNet, layers.ResNet34UNet], ["background", "pet"]
+MODELS, TWO = [*layers.MODELS.values()], ["background", "pet"]
 TINY = ("--data", "toy", "--size", 32, "--width", 8)
 CONFIG = petseg.resolve_config(  # of a tiny model
     {"model": "unet", "width": 8, "size": (32, 32), "epochs": 1, "batch_size": 4, "augment": {},
@@ -586,7 +586,7 @@ def test_what_cannot_be_read_is_named(tmp_path, monkeypatch, ending):
     os.mkfifo(tmp_path / "pipe")  # reading it would never end
     for name, content, pixels, expected in (
             (path.name, half, 4096, ""), (path.name, b"", 4096, ""), (path.name, b"abc", 4096, ""),
-            (path.name, half, 4095, "more than 4,095 pixels.*--max-pixels"),  # by its header alone
+            (path.name, half, 4095, "over 4,095 pixels.*--max-pixels"),  # by its header alone
             ("pipe", b"", 4096, ""), ("gone.png", b"", 4096, "")):
         path.write_bytes(content)
         data.set_max_pixels(pixels)
@@ -1549,7 +1549,7 @@ def test_infer_leaves_out_its_own_outputs_and_holds_few_bytes_a_pixel(trained, t
     for out, images in ("out", 1), ("more", 4):  # elsewhere a name like that may be a photo's
         done = run(*words, tmp_path / out, "--max-pixels", 15_999_999, "--json", code=2)
         assert json.loads(done.stdout)["images"] == images
-        assert re.search("a_mask.png has more than 15,999,999 pixels.*--max-pixels", done.stderr)
+        assert re.search("a_mask.png has over 15,999,999 pixels.*--max-pixels", done.stderr)
     shutil.copy(tmp_path / "photo.png", tmp_path / "out" / "dog_mask.bmp")
     assert answer(*words[:3], tmp_path / "out", "--out", tmp_path / "out")["images"] == 1
 
