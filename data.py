@@ -299,7 +299,7 @@ def binary_labels(values, path):
     names = ["background", *(f"class{i}" for i in range(1, 20))]
     raise UserError(
         f"the mask {path} holds {describe_values(values)}; expected 0 and 1 (255: ignored), or "
-        "dark and light, or a classes.txt beside the folders of images and masks, to start from:",
+        "dark and light, or a classes.txt in the folder that --data names, to start from:",
         *(f"{format_value(v)} {'void' if v == 255 else name}" for v, name in zip(levels, names)))
 
 def soft_fraction(values):
@@ -475,7 +475,7 @@ def match_pairs(images, masks, classes):
                for name, mask in partner.items() if mask in mask_of]
     if not samples:
         raise UserError(f"no mask in {masks} has the name of an image in {images}, with or without "
-                        f"more text; the first are {next(iter(image_of))} and {next(iter(mask_of))}")
+                        f"more text; the first: {next(iter(image_of))} and {next(iter(mask_of))}")
     for kind, rest in (("images without a mask", image_of), ("masks without an image", mask_of)):
         if rest:
             warnings.warn(f"{len(rest)} {kind} are left out, such as {next(iter(rest.values()))}")
@@ -686,7 +686,7 @@ def write_csv(path, rows):
 
 def read_predictions(path):
     """{output name: row} of an earlier predictions.csv."""
-    rows = csv.DictReader(path.read_text(encoding="utf-8").splitlines())
+    rows = csv.DictReader(path.read_text("utf-8", errors="replace").splitlines())
     return {row["output"]: row for row in rows if {"output", "file"} <= row.keys()}
 
 def format_table(rows):

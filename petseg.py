@@ -246,7 +246,7 @@ def train(args):
     if RANK == 0 and data.take_lock(folder, wait=False) is None:
         raise UserError(f"another process is training in {folder}; stop it, or wait for its end")
     if last:
-        restore(run, model, ema_model, optimizers, last, folder)
+        restore(run, config, model, ema_model, optimizers, last, folder)
     run.sums, run.confusion = run.sums.to(device), run.confusion.to(device)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     checkpoint = folder, run, config, model, ema_model, optimizers
@@ -581,8 +581,7 @@ def open_run(args, device):
             return folder, resolve_config(vars(args), device), None
 
     last = load_last(folder)
-    old = last["config"]
-    resolved = {"data": "auto", "precision": "auto"}  # settled when the run began
+    old, resolved = last["config"], {"data": "auto", "precision": "auto"}  # settled at its start
     changed = {name: value for name, value in vars(args).items()
                if name in DEFAULTS and value not in (None, old[name], resolved.get(name))}
     for name in changed.keys() - RESUME_OVERRIDES:
@@ -641,7 +640,7 @@ def load_checkpoint(path, kind="best.pt", device="cpu"):
     must be right, its config that of a model, its weights finite and those of that model."""
     path = Path(path) / kind if Path(path).is_dir() else Path(path)
     if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}")
+        raise UserError(f"there is no {path}; a run has its best.pt from the first epoch on")
     path.open("rb").close()  # else a lack of permission would pass for damage
     try:
         with zipfile.ZipFile(path) as file:
@@ -650,7 +649,7 @@ def load_checkpoint(path, kind="best.pt", device="cpu"):
         content = torch.load(path, map_location=device, weights_only=True)
         if not {"config", {"best.pt": "weights", "last.pt": "ema"}[kind]} <= content.keys():
             raise UserError(f"{path} is not the {kind} of a run, or of an older version of petseg; "
-                            "a last.pt is for --resume, an old best.pt must be trained again")
+                            "a last.pt: --resume its folder; an old best.pt must be trained again")
         config = content["config"] = DEFAULTS | content["config"]
         names, (height, width) = config["class_names"], config["size"]
         if not (32 <= height <= 4096 and 32 <= width <= 4096 and 2 <= len(names) <= 101
@@ -687,10 +686,11 @@ def load_last(folder):
     raise UserError(f"{folder} has no last.pt to go on from; begin anew with another --name; if "
                     f"there is a best.pt, from its weights: --init-from {folder}/best.pt")
 
-def restore(run, model, ema_model, optimizers, last, folder):
+def restore(run, config, model, ema_model, optimizers, last, folder):
     """Puts what a last.pt holds into a run."""
-    if last["train_images"] != run.train_images:
-        raise UserError(f"the training images are not those of {folder}; take another --name")
+    here = run.train_images, config["class_names"]
+    if (last["train_images"], last["config"]["class_names"]) != here:
+        raise UserError(f"the images or classes are not those of {folder}; take another --name")
     for part, state in zip((model, ema_model, *optimizers),
                            (last["model"], last["ema"], *last["optimizers"])):
         part.load_state_dict(state)
@@ -752,7 +752,7 @@ def score_split(args):
     # the usual scores of a run go into its folder; others are never written over
     run = args.ckpt.parent if args.ckpt.name == "best.pt" else args.ckpt
     usual = run.is_dir() and not args.data and args.tta and args.threshold == 0.5
-    stamp = f"{run.resolve().stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    stamp = f"{run.resolve().name.removesuffix('.pt')}-{datetime.now():%Y%m%d-%H%M%S}"
     prefix = Path(args.out or (run if usual else Path("evaluation", stamp)), args.split)
     if RANK == 0:
         draw_samples(f"{prefix}-worst.png", {"prediction": (predictor, split)},
@@ -761,8 +761,8 @@ def score_split(args):
         if rows:
             data.write_csv(f"{prefix}-{kind}.csv", rows)
         data.draw_confusion(f"{prefix}-confusion.png", confusion.sum(dim=0).numpy(), names)
-    tables = [data.format_table(table) for table in (rows, [total]) if table]
-    print_result(args, "\n\n".join([*tables, f"{prefix}-worst.png"]), result)
+    tables = "\n\n".join(data.format_table(table) for table in (rows, [total]) if table)
+    print_result(args, f"{tables}\n\n{prefix}-worst.png", result | {"out": str(prefix.parent)})
 
 def segment_images(predictor, samples, outputs, out, background, crop):
     """Segments a batch of images and writes them; {name: row of predictions.csv, or its error}."""
@@ -800,16 +800,16 @@ def segment_images(predictor, samples, outputs, out, background, crop):
 
 def infer_outputs(args, out):
     """What --save names, or what is usual; into one file goes one output of one image."""
-    file = data.is_file_name(out)
+    file, images = data.is_file_name(out), map(Path, args.images)
     usual = "cutout" if file else "mask,overlay,cutout" if args.images else "panel"
     outputs = (args.save or usual).split(",")
     if unknown := set(outputs) - data.OUTPUTS.keys():
         raise UserError(f"--save knows {', '.join(data.OUTPUTS)}, not {', '.join(unknown)}")
-    one_image = [Path(image).is_dir() for image in args.images] == [False]
-    if file and (not one_image or len(outputs) != 1 or str(out) == "-" and args.json
+    single = [i.is_dir() or i.is_file() and i.resolve() == out.resolve() for i in images] == [False]
+    if file and (not single or len(outputs) != 1 or str(out) == "-" and args.json
                  or out.suffix.lower() not in ("", ".png", ".webp", ".jpg", ".jpeg")):
-        raise UserError(f"{out} takes one output of one image, as png, webp or jpg, and stdout "
-                        f"nothing else; as in {PROGRAM} infer cat.jpg --out cat.png")
+        raise UserError(f"{out} takes one output of one image, not itself, as png, webp, jpg, and "
+                        f"stdout nothing else; as in {PROGRAM} infer cat.jpg --out cat.png")
     return outputs
 
 def infer(args):

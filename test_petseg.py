@@ -190,7 +190,6 @@ def test_he_initialization(model):
     torch.manual_seed(0)
     for module in model(width=16).modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)) and module.weight.numel() > 2000:
-            # an output pixel of the transposed convolution sees one tap of each channel
             taps = 1 if isinstance(module, nn.ConvTranspose2d) else math.prod(module.kernel_size)
             expected = math.sqrt(2 / (module.in_channels * taps))
             assert module.weight.std().item() == pytest.approx(expected, rel=0.08)
@@ -939,7 +938,6 @@ def test_curves_run_where_the_numbers_say(tmp_path):
         data.draw_curves(tmp_path / "curves.png", runs)
     image = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB")).astype(int)
     for half, rises in ((image[:, :800], False), (image[:, 800:1600], True)):
-        # the lowest pixel of a colour in a column is the curve's: the legend stands above it
         near = [np.abs(half - c).sum(axis=2) < 60 for c in data.LINE_COLORS[:2]]
         train, val = ({x: c.nonzero()[0][-1] for x, c in enumerate(n.T) if c.any()} for n in near)
         first, last = min(train), max(train)
@@ -1023,8 +1021,8 @@ def test_train_and_eval(model, trained, root, tmp_path):
             epoch, 0.02 / epoch, scores[epoch - 1]]
         assert {w.dtype for w in weights.values() if w.dim() == 1} == {torch.float32}  # variances
     words = ("--ckpt", folder, "--root", root, "--out")
-    again = answer("eval", *words, tmp_path / "eval")
-    assert again == result | {"checkpoint": str(folder)} and len(files(tmp_path / "eval")) == 4
+    again, out = answer("eval", *words, tmp_path / "eval"), tmp_path / "eval"
+    assert again == result | {"checkpoint": str(folder), "out": str(out)} and len(files(out)) == 4
     assert result["images"] == sum(breed["images"] for breed in again["breeds"]) == 10
     new = answer("infer", *words, tmp_path / "infer", "--threshold", 1)  # no pixel is so sure
     assert [new["images"], new["dice"], len([*tmp_path.glob("infer/*_panel.jpg")])] == [10, 0, 10]
@@ -1091,6 +1089,8 @@ def test_the_random_split_stays_wherever_its_folder_lies(tmp_path):
     here = {"before": partial(os.chdir, tmp_path)}
     for words in ("unet", "--data", "own", *TINY[2:], "--epochs", 1), ("--epochs", 2):
         run("train", *words, "--name", "a", **here)
+    (tmp_path / "own" / "classes.txt").write_text("9 ground\n240 box\n")
+    assert "or classes are not" in refused("train", "--resume", "runs/a", "--epochs", 3, **here)
     make_own_data(tmp_path / "own", "two classes", 60)  # a new random split would be 6 and 6
     shutil.copytree(tmp_path / "own", tmp_path / "copy")
     for words in (), ("--data", "./own/"), ("--data", "copy"):
@@ -1129,8 +1129,7 @@ def test_minutes_settle_the_epochs(root, tmp_path, monkeypatch):
     run(*words, "b", "--epochs", re.search(r"--epochs (\d+): about", said)[1])
     assert "finished" in run(*words, "a", "--minutes", 0.05).stderr
     assert_same_run(tmp_path / "a", tmp_path / "b")
-    # 5 steps an epoch, of 1, 2, 3 s by size, then 8 images by one view, and 1 s; at the end 10
-    # images by four views, 1 s each: 7 epochs take 5 · (3 + 2 · 2 + 2 · 3) + 7 · 3 + 10 s, 8 104 s
+    # an epoch: 5 steps of 1, 2 or 3 s by size, and 3 s of val; at the end 10 s: 7 in 96, 8 in 104 s
     train_set, val_set = (data.CachedSplit([""] * n, None, None) for n in (20, 8))
     for seconds, epochs in (100, 7), (104.5, 8), (9, 1):
         monkeypatch.setattr(petseg, "seconds_per_batch", lambda *_, t=iter((1, 2, 3, 4)): next(t))
@@ -1172,7 +1171,7 @@ def test_the_same_command_goes_on_or_says_finished(halfway, trained, root, tmp_p
     less = shutil.copytree(root, tmp_path / "less")
     data.scan_dataset(less / data.TOYS).splits["train"][0].image.unlink()
     line = refused("train", "--resume", folder, "--epochs", 2, "--root", less)
-    assert re.search("training images are not those.*--name", line) and files(folder) == before
+    assert re.search("images or classes are not those.*--name", line) and files(folder) == before
     for _ in range(2):  # the second time nothing is left to do
         answer(*words, "--epochs", 2)
     assert_same_run(folder, trained["unet"])
@@ -1681,12 +1680,13 @@ def test_no_bit_of_a_checkpoint_flips_unseen(trained, tmp_path):
     ("train unet {toys} --init-from {run} --width 9", "of another model"),
     ("data check --root {folder}", "never fetched .*./run.sh data get"),
     ("train --resume {folder}", "has no last.pt.*--init-from"),
-    ("eval --ckpt {run}/last.pt", "not the best.pt of a run.*last.pt is for --resume"),
+    ("eval --ckpt {run}/last.pt", "not the best.pt of a run.*last.pt: --resume its folder"),
     ("infer --ckpt {run} {folder} --save drawing", "mask, overlay, cutout, panel, not drawing"),
-    ("compare {folder}/own", "no checkpoint .*own/last.pt"),
+    ("compare {folder}/own", "there is no .*own/last.pt"),
     ("data check {toys} --max-pixels 99", "cannot be used: 50:\n  .*--max-pixels"),
     ("export --ckpt {folder}/nowhere.pt", "out must end in .pt2"),
-    ("infer --out {folder}/cat.gif {folder}/own/images/0.png", "as png, webp or jpg"),
+    ("infer --out {folder}/cat.gif {folder}/own/images/0.png", "as png, webp, jpg"),
+    ("infer --out {folder}/own/images/0.jpg {folder}/own/images/../images/0.jpg", "not itself"),
     ("infer --out {folder}/cat.PNG {folder}/own", "one output of one image.*infer cat.jpg --out"),
     ("infer --save mask,overlay --out {folder}/a.png {folder}/b.png", "one output of one image"),
     ("infer --background reddish {folder}/own", "reddish is no file, no colour")])
