@@ -93,7 +93,7 @@ OTHER_OPTIONS = {
     "resume": (None, str, "go on with the run in this folder"),
     "out": (None, str, "where the results go"),
     "ckpt": (Path(__file__).parent / "weights/unet.pt", Path, "a best.pt, or the run's folder"),
-    "threshold": (0.5, FRACTION, "from this probability on foreground: two classes, and cut-outs"),
+    "threshold": (0.5, FRACTION, "foreground from this probability on (two classes; cut-outs)"),
     "tta": (True, bool, "test-time augmentation: average over flipped and rescaled views"),
     "device": ("auto", ("auto", "cpu", "cuda", "mps"), "where to compute"),
     "url": ("https://www.robots.ox.ac.uk/~vgg/data/pets/data/", str, "a mirror of the pets"),
@@ -640,7 +640,7 @@ def load_checkpoint(path, kind="best.pt", device="cpu"):
     must be right, its config that of a model, its weights finite and those of that model."""
     path = Path(path) / kind if Path(path).is_dir() else Path(path)
     if not path.is_file():
-        raise UserError(f"there is no {path}; a run has its best.pt from the first epoch on")
+        raise UserError(f"there is no {path}" + "; epoch 1 makes it" * (path.name == "best.pt"))
     path.open("rb").close()  # else a lack of permission would pass for damage
     try:
         with zipfile.ZipFile(path) as file:
