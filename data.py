@@ -116,7 +116,7 @@ def augment(images, labels, rng, size=None, p=1.0, flip=0.0, vflip=0.0, rotate=0
             aspect=1.0, shift=0.0, brightness=0.0, contrast=0.0, saturation=0.0, cutmix=0.0):
     """Augments a batch at random, each image with probability `p`: flip, vflip and cutmix are
     probabilities, rotate is in degrees, zoom and aspect are factors either way, shift is a fraction
-    of the side, colour strengths run from 0 to 1. All geometric changes are composed into one
+    of the size, colour strengths run from 0 to 1. All geometric changes are composed into one
     affine matrix; grid_sample applies it at `size`: to images bilinear, to labels nearest."""
     batch, _, height, width = images.shape
     applied = (torch.rand(batch, generator=rng) < p).float()
@@ -124,7 +124,7 @@ def augment(images, labels, rng, size=None, p=1.0, flip=0.0, vflip=0.0, rotate=0
     def uniform(magnitude):  # on the CPU, as rng; 0 where an image is left alone
         return (2 * torch.rand(batch, generator=rng) - 1) * magnitude * applied
 
-    # theta maps a pixel of the result to where to look in the image; each side is -1..1
+    # theta maps a pixel of the result to where to look in the image, both in -1..1 each way
     angle, scale = uniform(math.radians(rotate)), torch.exp(uniform(math.log(zoom)))
     cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
     stretch = torch.exp(uniform(math.log(aspect)))
@@ -368,7 +368,7 @@ Dataset = namedtuple("Dataset", "folder layout class_names splits random_split")
 # "test": names} where we drew it, {} where the folder says
 
 def scan_dataset(folder, classes=None, random_split=None):
-    """Finds a folder's layout and its samples. A new layout is a function here like those."""
+    """Finds a folder's layout and its samples. A new layout is a function like `scan_pets`."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; name one with --data")

@@ -949,7 +949,7 @@ def export(args):
         raise UserError(f"{out} must end in .pt2; name it with --out")
     warnings.simplefilter("ignore")  # torch's about itself
     predictor = load(args.ckpt, "cpu", precision="fp32")
-    # dynamic: the batch, and sides in multiples of 32 from 64 up (torch specializes on 1 at 32)
+    # dynamic: the batch, and sizes in multiples of 32 from 64 up (torch specializes on 1 at 32)
     dim, model = torch.export.Dim, layers.ExportModel(predictor.model, data.MEAN, data.STD)
     sizes = {0: dim("batch", min=1), 2: 32 * dim("rows", min=2), 3: 32 * dim("columns", min=2)}
     program = torch.export.export(model, (torch.zeros(2, 3, 64, 96),), dynamic_shapes=(sizes,))
