@@ -4,6 +4,7 @@ stands in layers.py, in data.py, or below. On two cores of an AMD EPYC `train un
 import argparse
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -33,8 +34,7 @@ def number(kind, low, high=float("inf")):
 def image_size(text):
     """--size as (height, width): S, or HxW."""
     height, _, width = text.partition("x")
-    pixels = number(int, 32, 4096)
-    return pixels(height), pixels(width or height)
+    return tuple(map(number(int, 32, 4096), (height, width or height)))
 
 def parse_augment(text):
     """--augment as {name: strength}: a preset, or strengths as in rotate=15,flip=0.5."""
@@ -145,14 +145,15 @@ def command_line():
     return parser
 
 # parsed before torch is imported, which takes a second: --help and typing errors come at once
-ARGS = command_line().parse_args() if __name__ == "__main__" else None
+if __name__ == "__main__":
+    ARGS = command_line().parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback if Ctrl-C comes in that second
 
 import bisect
 import copy
 import json
 import math
 import re
-import signal
 import subprocess
 import time
 import warnings
@@ -373,8 +374,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 def pick_device(name):
     """The device of this name, or the best there is."""
     works = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    names = [device for device in works if works[device] and name in ("auto", device)]
-    if not names:
+    if not (names := [n for n in works if works[n] and name in ("auto", n)]):
         raise UserError(f"torch can use no {name} device here; try --device cpu")
     torch.backends.cudnn.deterministic = True  # the same seed gives the same weights
     return torch.device(names[0])
@@ -775,13 +775,12 @@ def segment_images(predictor, samples, outputs, out, background, crop):
             rows[sample.name] = error
     results = predictor.segment_batch([photo for photo, *_ in read.values()])
     for (name, (_, labels, path)), result in zip(read.items(), results):
-        mask, masks, metrics = result.mask, {}, {}
+        mask, masks, metrics = result.mask, {"prediction": result.mask}, {}
         if labels is not None:
             target = eval_target(predictor.config, torch.from_numpy(labels)[None])
             confusion = layers.confusion_matrix(torch.from_numpy(mask)[None], target, len(names))
-            masks["ground truth"] = target[0].numpy()
+            masks = {"ground truth": target[0].numpy()} | masks
             metrics = layers.compute_metrics(confusion, names)
-        masks["prediction"] = mask
         render = {"mask": predictor.mask, "overlay": predictor.overlay,
                   "cutout": lambda result: predictor.cutout(result, background, crop),
                   "panel": lambda result: data.panel(result.photo, "photo", masks, names)}
@@ -1033,6 +1032,7 @@ def explain(error):
 
 def main(args):
     """Runs a subcommand; turns what a user can cause into a message and an exit code."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # clears away what is half-written
     warnings.showwarning = lambda message, *_: log(f"warning: {message}")
     try:
