@@ -37,14 +37,14 @@ def image_size(text):
     return tuple(map(number(int, 32, 4096), (height, width or height)))
 
 def parse_augment(text):
-    """--augment as {name: strength}: a preset, or strengths as in rotate=15,flip=0.5."""
-    if text in AUGMENT_PRESETS:
-        return AUGMENT_PRESETS[text]
-    strengths = dict(part.partition("=")[::2] for part in text.split(","))
+    """--augment as {name: strength}: a preset, or strengths, or both as in full,rotate=15."""
+    parts = text.split(",")
+    preset = AUGMENT_PRESETS.get(parts[0], {})
+    strengths = dict(part.partition("=")[::2] for part in parts[parts[0] in AUGMENT_PRESETS:])
     if strengths.keys() <= AUGMENT_BOUNDS.keys():
-        return {name: number(float, *AUGMENT_BOUNDS[name])(x) for name, x in strengths.items()}
-    raise argparse.ArgumentTypeError(f"expected {', '.join(AUGMENT_PRESETS)}, or some of "
-                                     f"{'=X,'.join(AUGMENT_BOUNDS)}=X, not {text!r}")
+        return preset | {n: number(float, *AUGMENT_BOUNDS[n])(x) for n, x in strengths.items()}
+    raise argparse.ArgumentTypeError(f"expected {', '.join(AUGMENT_PRESETS)}, some of "
+                                     f"{'=X,'.join(AUGMENT_BOUNDS)}=X, or both, not {text!r}")
 
 COUNT, AMOUNT, FRACTION = number(int, 1, 2**31), number(float, 0), number(float, 0, 1)
 # Every option: default, type or choices, help. First those of a run, its config; a new one is a
@@ -71,7 +71,7 @@ OPTIONS = {
     "grad_clip": (1.0, AMOUNT, "largest gradient norm, 0 for no limit"),
     "grad_accum": (1, COUNT, "batches per optimizer step"),
     "ema": (0.99, FRACTION, "decay of the EMA of the weights, 0 for none"),
-    "augment": (None, parse_augment, "none, flip, full, strong, or as in rotate=15,flip=0.5"),
+    "augment": (None, parse_augment, "none, flip, full, strong, or as in full,rotate=15,vflip=0.5"),
     "augment_prob": (1.0, FRACTION, "probability that an image is augmented"),
     "progressive": (0.85, FRACTION, "fraction of the epochs that train on smaller images"),
     "repeat": (1, COUNT, "times that an image appears in an epoch"),

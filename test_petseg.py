@@ -1038,8 +1038,7 @@ OWN_DATA = {
                (0, 1, 255), ["ground", "car"]),
     "Cityscapes": ("leftImg8bit/{1}/town/{0}_leftImg8bit.png",
                    "gtFine/{1}/town/{0}_gtFine_labelIds.png", (7, 26, 5), "", (0, 13, 255),
-                   [data.CITYSCAPES[i - 4] for i in data.CITYSCAPES_EVAL_IDS]),
-}
+                   [data.CITYSCAPES[i - 4] for i in data.CITYSCAPES_EVAL_IDS])}
 
 def make_own_data(folder, kind, n=20):
     """Makes `n` labelled images of 40×32, all of a bright box; returns the labels of each."""
@@ -1119,6 +1118,7 @@ def test_options_name_what_there_is_and_long_runs_augment_more():
     for n, preset in (99, "full"), (100, "strong"):
         config = petseg.resolve_config({"model": "unet", "epochs": n}, torch.device("cpu"))
         assert config["augment"] == petseg.AUGMENT_PRESETS[preset]
+    assert petseg.parse_augment("full,zoom=2,vflip=1") == petseg.FULL | {"zoom": 2, "vflip": 1}
     for names, table in ((petseg.MODELS, layers.MODELS), (petseg.OPTIONS["loss"][1], layers.LOSSES),
                          (petseg.OPTIONS["schedule"][1], layers.SCHEDULES)):
         assert {*names} == {*table}
