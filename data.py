@@ -134,14 +134,14 @@ def augment(images, labels, rng, size=None, p=1.0, flip=0.0, vflip=0.0, rotate=0
         stretch * cos * flip_x, -stretch * sin * height / width * flip_y, uniform(2 * shift),
         sin / stretch * width / height * flip_x, cos / stretch * flip_y, uniform(2 * shift)),
         dim=1).view(-1, 2, 3)                                        # (B, 2, 3)
-    grid = F.affine_grid(theta.to(images.device, non_blocking=True),
-                         (batch, 3, *(size or (height, width))), align_corners=False)
+    shape = batch, 3, *(size or (height, width))
+    grid = F.affine_grid(theta.to(images.device), shape, align_corners=False)
     images = F.grid_sample(images, grid, "bilinear", "reflection", align_corners=False)
     labels = labels.unsqueeze(1).float()
     labels = F.grid_sample(labels, grid, "nearest", "reflection", align_corners=False)
 
     brightness, contrast, saturation = (
-        (1 + uniform(magnitude).view(-1, 1, 1, 1)).to(images.device, non_blocking=True)
+        (1 + uniform(magnitude).view(-1, 1, 1, 1)).to(images.device)
         for magnitude in (brightness, contrast, saturation))
     images = images * brightness
     mean = images.mean(dim=(1, 2, 3), keepdim=True)

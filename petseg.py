@@ -95,7 +95,7 @@ OTHER_OPTIONS = {
     "ckpt": (Path(__file__).parent / "weights/unet.pt", Path, "a best.pt, or the run's folder"),
     "threshold": (0.5, FRACTION, "foreground from this probability on (two classes; cut-outs)"),
     "tta": (True, bool, "test-time augmentation: average over flipped and rescaled views"),
-    "device": ("auto", ("auto", "cpu", "cuda", "mps"), "where to compute"),
+    "device": ("auto", ("auto", "cpu", "cuda"), "where to compute"),
     "url": ("https://www.robots.ox.ac.uk/~vgg/data/pets/data/", str, "a mirror of the pets"),
     "split": ("test", ("train", "val", "test"), "the split to score"),
     "save": (None, str, "some of mask,overlay,cutout,panel"),
@@ -372,18 +372,18 @@ def seconds_per_batch(work, split, batch_size):
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def pick_device(name):
-    """The device of this name, or the best there is."""
-    works = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    if not (names := [n for n in works if works[n] and name in ("auto", n)]):
-        raise UserError(f"torch can use no {name} device here; try --device cpu")
+    """The device of this name; auto is a CUDA GPU where there is one. A Mac computes on its CPU: on
+    its GPU batch norm has wrong gradients (https://github.com/pytorch/pytorch/issues/175189)."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("torch finds no GPU here; try --device cpu")
     torch.backends.cudnn.deterministic = True  # the same seed gives the same weights
-    return torch.device(names[0])
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 def pick_precision(name, device):
     """"bf16" or "fp32"; auto is bfloat16 where the hardware multiplies it faster."""
     fast = {"cuda": torch.cuda.is_bf16_supported(including_emulation=False),
             "cpu": torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()}
-    return name if name in DTYPES else "bf16" if fast.get(device.type) else "fp32"
+    return name if name in DTYPES else "bf16" if fast[device.type] else "fp32"
 
 def load_dataset(config, url):
     """The dataset of a config; the border is a class of its own where the config says so."""

@@ -1672,7 +1672,7 @@ def test_no_bit_of_a_checkpoint_flips_unseen(trained, tmp_path):
 
 @pytest.mark.parametrize("words, expected", [
     ("train", "./run.sh train unet, or train resnet34_unet"),
-    ("train unet --size 31", "31.*./run.sh train -h"),
+    ("train unet --size 31", "31.*./run.sh train -h"), ("train unet --device cuda", "device cpu"),
     ("train unet {toys} --minutes 5 --epochs 3", "leave out --epochs"),
     ("train unet --augment swirl=1", "none, flip, full, strong.*rotate.*swirl"),
     ("train unet --data {folder}/own --root {folder}", "png holds(.|\n)*\n  64 0 128 class"),
@@ -1695,6 +1695,6 @@ def test_what_a_user_gets_wrong(words, expected, trained, root, tmp_path):
     (tmp_path / "own" / "classes.txt").unlink()
     words = words.format(folder=tmp_path, run=trained["unet"], toys=f"--data toy --root {root}")
     out = () if words.startswith("data") or "--out" in words else ("--out", tmp_path / "out")
-    before = partial(become, PETSEG_PROGRAM="./run.sh")
+    before = partial(become, PETSEG_PROGRAM="./run.sh", CUDA_VISIBLE_DEVICES="")
     assert re.search(expected, refused(*words.split(), *out, before=before))
     assert not [*tmp_path.glob("out/*")]
