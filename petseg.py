@@ -372,10 +372,10 @@ def seconds_per_batch(work, split, batch_size):
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def pick_device(name):
-    """The device of this name; auto is a CUDA GPU where there is one. A Mac computes on its CPU: on
-    its GPU batch norm has wrong gradients (https://github.com/pytorch/pytorch/issues/175189)."""
+    """The device of this name; auto is a CUDA GPU where there is one. A Mac computes on its CPU: by
+    https://github.com/pytorch/pytorch/issues/175189 its GPU gets batch norm's gradients wrong."""
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("torch finds no GPU here; try --device cpu")
+        raise UserError("torch finds no CUDA GPU here; try --device cpu")
     torch.backends.cudnn.deterministic = True  # the same seed gives the same weights
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
