@@ -1,7 +1,7 @@
 """data.py: files to tensors, and tensors to files.
 
 Follow one photo to a tensor: `read_pair`, `open_split`, `get_batch`, `augment`, `labels_to_target`;
-and a prediction to a file: `upsample_and_argmax`, `cutout`, `save_image`. Only this file knows
+and a prediction to a file: `upsample_and_argmax`, `cutout`, `save_image`. Only this file imports
 Pillow. A size is (height, width) everywhere. What a label is:
 
     value in the mask file   label in the cache (uint8)         target of the loss
@@ -55,9 +55,9 @@ def get_samples(dataset, split):
 
 def open_split(dataset, split, size, root):
     """A split of a dataset at `size`, from root/cache, where the first use decodes it. The name
-    there is a hash of the sizes and times of all files and of what changes how they are read."""
+    there ends in a hash of all files' sizes and times and of what changes how they are read."""
     samples = get_samples(dataset, split)
-    stats = [os.stat(p) if os.access(p, os.R_OK) else None for s in samples for p in s[1:3]]
+    stats = [os.access(p, os.R_OK) and os.stat(p) for s in samples for p in (s.image, s.mask)]
     facts = [[stat and (stat.st_size, stat.st_mtime_ns) for stat in stats], Image.MAX_IMAGE_PIXELS,
              sorted(FORMATS), [(s.name, s.classes and [*s.classes.items()]) for s in samples]]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
@@ -100,11 +100,11 @@ def to_gpu(split, device):
 def get_batch(split, indices, device=torch.device("cpu")):
     """Images of a split, (B, 3, H, W) in 0..1, and their labels, (B, H, W) uint8."""
     indices = indices.to(device) if torch.is_tensor(split.images) else np.asarray(indices)
-    images, labels = (torch.as_tensor(part[indices]).to(device) for part in split[1:3])
-    return to_float_nchw(images), labels
+    images, labels = split.images[indices], split.labels[indices]
+    return to_float_nchw(torch.as_tensor(images).to(device)), torch.as_tensor(labels).to(device)
 
 def to_float_nchw(images):
-    """uint8 (B, H, W, 3) to float (B, 3, H, W) in 0..1; channels-last, nothing moves in memory."""
+    """uint8 (B, H, W, 3) to float (B, 3, H, W) in 0..1; in memory the channels stay last."""
     return images.permute(0, 3, 1, 2).float() / 255
 
 def normalize(images):
@@ -160,8 +160,8 @@ def cutmix_mask(batch, height, width, p, rng):
     inside = (torch.rand(batch, generator=rng) < p).view(-1, 1, 1, 1)
     for length, shape in ((height, (batch, 1, -1, 1)), (width, (batch, 1, 1, -1))):
         position = (torch.arange(length) + 0.5) / length
-        centre, half_size = torch.rand(2, batch, 1, generator=rng)
-        inside = inside & ((position - centre).abs() < 0.1 + 0.35 * half_size).view(shape)
+        centre, u = torch.rand(2, batch, 1, generator=rng)
+        inside = inside & ((position - centre).abs() < 0.1 + 0.35 * u).view(shape)
     return inside
 
 def labels_to_target(labels, border="foreground", rng=None, classes=2):
@@ -200,7 +200,7 @@ def set_max_pixels(pixels):
 
 @contextlib.contextmanager
 def open_image(path):
-    """An image, its header read; `-` is stdin. What Pillow raises in the block is an ImageError."""
+    """An image, its header read; `-` is stdin. DECODE_ERRORS in the block become an ImageError."""
     try:
         if str(path) != "-" and not os.path.isfile(path):  # reading a pipe would never end
             raise OSError("no such file")
@@ -217,7 +217,7 @@ def open_image(path):
         raise ImageError(f"{path}: {(str(error) or repr(error)).partition(' <_io')[0]}") from None
 
 def read_image(path, size=None, mask_size=None):
-    """A photo as an upright RGB image at `size`; a large JPEG is decoded at 1/2 to 1/8."""
+    """A photo as an RGB image at `size`, upright, or as stored if its mask is; a JPEG by draft."""
     with open_image(path) as image:
         raw_size = image.size[::-1]
         rotated = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5 and image.format != "TIFF"
@@ -286,15 +286,15 @@ def read_mask_values(path, colours=None):
         return values.astype(np.uint8) if values.dtype == bool else values
 
 def binary_labels(values, path):
-    """Labels of a mask without classes.txt: of 0, 1 and maybe 255 (ignored), or of dark (≤ 32) and
-    light (≥ 223) with at most 5% between, at soft edges, cut at 128. In JPEG a 1 is dark."""
+    """Labels of a mask without classes.txt: 0, 1 and maybe 255 (ignored), but in JPEG a 1 is dark;
+    or one value ≤ 32 and one ≥ 223; or more with at most 5% between, at soft edges, cut at 128."""
     levels, jpeg = np.unique(values), Path(path).suffix.lower() in (".jpg", ".jpeg")
     if 1 in levels and set(levels.tolist()) <= {0, 1, 255} and not jpeg:
         return values.astype(np.uint8)
     dark, light, soft = (levels <= 32).sum(), (levels >= 223).sum(), soft_fraction(values)
-    clear = dark <= 1 and light <= 1 and not soft
-    blurred = dark and light and (soft or light > 1)  # else {0, 15, 255} are classes and void
-    if 0 <= levels[0] and levels[-1] <= 255 and soft <= 0.05 and (clear or blurred or jpeg):
+    two_levels = dark <= 1 and light <= 1 and not soft
+    edges = dark and light and (soft or light > 1)  # but {0, 15, 255} are classes and void
+    if 0 <= levels[0] and levels[-1] <= 255 and soft <= 0.05 and (two_levels or edges or jpeg):
         return (values >= 128).astype(np.uint8)
     names = ["background", *(f"class{i}" for i in range(1, 20))]
     raise UserError(
@@ -420,8 +420,8 @@ def scan_image_and_mask_folders(folder, random_split):
     folders = {Path(str(path.relative_to(folder)).lower()): path for path in sorted(folders)}
 
     def find(names, splits):
-        return next((folders[place] for name in names for split in splits for place in (
-            Path(split, name), Path(name, split)) if place in folders), None)
+        return next((folders[place] for name in names for split in splits
+                     for place in (Path(split, name), Path(name, split)) if place in folders), None)
 
     pairs = {split: pair for split, names in SPLIT_FOLDERS.items()
              if all(pair := (find(IMAGE_FOLDERS, names), find(MASK_FOLDERS, names)))}
@@ -443,12 +443,12 @@ def scan_image_and_mask_folders(folder, random_split):
     return Dataset(folder, layout, class_names, splits, {})
 
 def split_at_random(folder, layout, class_names, samples, random_split):
-    """A Dataset with 10% val and 10% test, in an order that new images keep."""
+    """A Dataset with 10% val and 10% test by a hash of names; a `random_split` of it is kept."""
     if len(samples) < 3:
         raise UserError(f"{folder} has {len(samples)} labelled images; at least 3 are needed")
-    drawn, n = {*sum((random_split or {}).values(), [])}, max(1, len(samples) // 10)
-    if 2 * sum(s.name in drawn for s in samples) < max(1, len(drawn)):  # of other data, or none
-        order = sorted((s.name for s in samples), key=lambda s: seeded_generator(s).initial_seed())
+    drawn, n = sum((random_split or {}).values(), []), max(1, len(samples) // 10)
+    order = sorted((s.name for s in samples), key=lambda s: seeded_generator(s).initial_seed())
+    if not drawn or len({*drawn} & {*order}) < len(drawn) / 2:  # none yet, or of other data
         random_split = {"val": order[:n], "test": order[n:2 * n]}
     split_of = {name: split for split, names in random_split.items() for name in names}
     splits = {split: chosen for split in ("train", "val", "test")
@@ -512,7 +512,7 @@ def read_classes(folder):
     return classes | {value: label_of[name] for value, name in name_of.items()}, names
 
 def find_images(paths):
-    """Files as they are, and of folders all images, sorted; links to folders are not followed."""
+    """Files as they are, and of folders all images but hidden ones, sorted, not through links."""
     all_images = []
     for path in map(Path, paths):
         files = [path] if path.is_file() or str(path) == "-" else sorted(
@@ -635,7 +635,7 @@ def download_rest(url, file):
         length = getattr(response, "length", None)  # neither every server nor file:// says it
         total, title = offset + length if length else None, f"download {Path(file.name).stem}"
         chunks = iter(lambda: response.read1(1 << 18), b"")
-        file.writelines(progress(chunks, title, total, offset, "MB", 1e6, len))
+        file.writelines(progress(chunks, title, total, offset, unit="MB", scale=1e6, size=len))
     if total and file.tell() < total:
         raise ConnectionError(f"the connection broke after {file.tell()} of {total} bytes")
 
@@ -759,8 +759,8 @@ def progress(items, title, total, done=0, unit="images", scale=1, size=lambda it
     log("", "")  # clears the line
 
 # ----------------------------------------------------------------------- masks, overlays, cut-outs
-# the colours of classes 1, 2, …: those of Okabe and Ito, distinct for colour-blind eyes, then the
-# same lighter and darker, then all again; the background is black, and left as it is in overlays
+# the colours of classes 1, 2, …: of Okabe and Ito (gray for black), distinct for colour-blind eyes,
+# then the same lighter and darker, then all again; the background is black, in overlays untouched
 OKABE_ITO = np.array([(213, 94, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178),
                       (204, 121, 167), (230, 159, 0), (150, 150, 150)])
 SHADES = np.concatenate([OKABE_ITO, 255 - (255 - OKABE_ITO) * 0.45, OKABE_ITO * 0.55])
@@ -779,7 +779,7 @@ def save_image(image, path):
     kind = Image.registered_extensions()[Path(path).suffix.lower()]
     if kind == "WEBP" and max(image.size) > 16_383:
         raise UserError(f"{path}: a WebP is at most 16,383 pixels high and wide; take png or jpg")
-    image = to_photo(image) if kind == "JPEG" else image  # in which nothing is transparent
+    image = to_photo(image) if kind == "JPEG" else image  # JPEG has no alpha
     with atomic_path(path) as new:
         image.save(new, kind, **options)
 
@@ -806,15 +806,15 @@ def overlay(photo, mask, class_names):
 
 def remove_islands(mask):
     """A bool mask (H, W) without regions under 5% of the largest, and holes under 1% of it."""
-    def find_runs(mask):  # where they start and end, as y · (W + 1) + x
+    def find_runs(mask):  # where they start and end, as y · stride + x
         return np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2).T
 
-    mask, largest, row = np.pad(mask, 1), 0, mask.shape[1] + 3  # no hole touches the border
+    mask, stride, largest = np.pad(mask, 1), mask.shape[1] + 3, 0  # run 0 is outside, no hole
     for value, part in ((True, 0.05), (False, 0.01)):
         regions = mask == value
         starts, ends = find_runs(regions)
         touching, _ = find_runs(regions[1:] & regions[:-1])
-        above, below = (np.searchsorted(starts, touching + y, "right") - 1 for y in (0, row))
+        above, below = (np.searchsorted(starts, touching + i, "right") - 1 for i in (0, stride))
         label = np.arange(len(starts))
         while (label[above] != label[below]).any():  # runs that touch take the lower label
             lower = np.minimum(label[above], label[below])
@@ -823,16 +823,16 @@ def remove_islands(mask):
             label = label[label]
         sizes = np.bincount(label, ends - starts)
         largest = largest or sizes.max(initial=0)
-        for run in np.flatnonzero(sizes[label] < part * largest):
-            y, x = divmod(starts[run], row)
+        for run in np.flatnonzero((sizes[label] < part * largest) & (value | (label > 0))):
+            y, x = divmod(starts[run], stride)
             mask[y, x:x + ends[run] - starts[run]] = not value
     return mask[1:-1, 1:-1]
 
 def without_islands(probs, threshold):
     """Probabilities (C, h, w) with the foreground's islands and holes corrected."""
     mask = probs[0] >= threshold if len(probs) == 1 else probs.argmax(axis=0) > 0
-    keep, result = remove_islands(mask), probs.copy()
-    result[0] = np.where(keep == mask, probs[0], keep == (len(probs) == 1))
+    clean, result = remove_islands(mask), probs.copy()
+    result[0] = np.where(clean == mask, probs[0], clean if len(probs) == 1 else ~clean)
     return result
 
 def alpha_from_coefficients(photo, coefficients):
@@ -842,8 +842,8 @@ def alpha_from_coefficients(photo, coefficients):
     alpha, rows = np.empty((height, width), np.uint8), max(1, 2**20 // width)
     for top in range(0, height, rows):  # a million pixels at a time take little memory
         bottom = min(top + rows, height)
-        size, box = (width, bottom - top), (0, top * h / height, w, bottom * h / height)
-        *a, b = (np.asarray(Image.fromarray(plane).resize(size, Image.Resampling.BILINEAR, box))
+        strip, box = (width, bottom - top), (0, top * h / height, w, bottom * h / height)
+        *a, b = (np.asarray(Image.fromarray(plane).resize(strip, Image.Resampling.BILINEAR, box))
                  for plane in coefficients)
         pixels = np.asarray(photo.crop((0, top, width, bottom)))
         alpha[top:bottom] = (b + sum(a[i] * pixels[..., i] for i in range(3))).clip(0, 255)
@@ -981,13 +981,13 @@ def draw_curves(path, runs, metric="dice"):
     for left, quantity in ((110, "loss"), (1310, metric), (2510, "lr")):
         draw_plot(draw, left, runs, quantity, metric)
     draw.text((1800, 1096), "thin: train, on augmented images; bold: val, the EMA of the weights "
-              "on plain images, so it may lie above train", "black", font_size=24, anchor="mt")
+              "on plain images, so it may be better than train", "black", font_size=24, anchor="mt")
     save_image(image.resize((2400, 760), Image.Resampling.LANCZOS), path)
 
 # ---------------------------------------------------------------------------------- the toy pets
 # breeds, cats in capitals: width and height of their marks; colours tell nothing, shapes must
 COATS = {"Tabby": (7, 60), "Calico": (45, 45), "Smoke": (300, 300),
-         "pointer": (11, 11), "collie": (60, 30), "terrier": (3, 3)}
+         "pointer": (11, 11), "collie": (60, 30), "terrier_mix": (3, 3)}
 # ellipses by two corners of their boxes, triangles by three points: trunk, head, tail, legs; ears
 BODY = [(-0.5, -0.24, 0.5, 0.24), (0.2, -0.52, 0.66, -0.08), (-0.85, -0.2, -0.4, -0.1),
         *((x, 0, x + 0.12, 0.55) for x in (-0.45, -0.3, 0.2, 0.35))]

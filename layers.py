@@ -1,5 +1,5 @@
-"""layers.py: the mathematics: two networks for semantic segmentation, losses, metrics, schedules,
-Muon, and at the end what is there only for speed or for export.
+"""layers.py: the mathematics: two networks for semantic segmentation, losses, metrics, EMA,
+schedules, Muon, the guided filter, and at the end what is written for speed or for export.
 
 Shapes in the comments are (batch, channels, height, width) for an input of (B, 3, H, W), width 64.
 """
@@ -17,7 +17,7 @@ IGNORE_INDEX = 255  # pixels with this target are neither learned nor scored
 
 # ---------------------------------------------------------------------------------------- blocks
 class BatchNorm(nn.BatchNorm2d):
-    """BatchNorm2d that uses its running statistics where a channel has one value: no variance."""
+    """BatchNorm2d that uses its running statistics where a channel has one value, or none."""
 
     def forward(self, x):
         use_batch_stats = self.training and x.numel() > x.shape[1]
@@ -117,12 +117,12 @@ class EncoderDecoder(nn.Module):
         return self.head(x)[..., :height, :width]                    # (B, classes, H, W)
 
     def forward_stage(self, stage, *inputs):
-        """stage(*inputs); gradient checkpointing calls it again in backward. The first call pops {}
-        and so updates the BatchNorm buffers, the second a copy, else they would change twice."""
+        """stage(*inputs). Gradient checkpointing calls it again in backward, then with a copy of
+        the BatchNorm buffers: the first call, with {}, has updated the stage's own."""
         if not (self.gradient_checkpointing and self.training):
             return stage(*inputs)
-        buffers = [{name: buffer.clone() for name, buffer in stage.named_buffers()}, {}]
-        return checkpoint(lambda *args: functional_call(stage, buffers.pop(), args), *inputs,
+        buffers = iter([{}, {name: buffer.clone() for name, buffer in stage.named_buffers()}])
+        return checkpoint(lambda *args: functional_call(stage, next(buffers), args), *inputs,
                           use_reentrant=False, preserve_rng_state=False)
 
 class UNet(EncoderDecoder):
@@ -215,11 +215,11 @@ def bce_loss(logits, target, class_weights=None):
     return (loss * weight).sum() / weight.sum().clamp(min=1e-6)
 
 def dice_loss(logits, target, class_weights=None, smooth=1.0):
-    """1 − soft Dice, averaged over images and classes (V-Net, https://arxiv.org/abs/1606.04797).
+    """1 − soft Dice, averaged over images and classes (V-Net, https://arxiv.org/abs/1606.04797, has
+    squares below). `class_weights` is not used.
 
     Dice = (2 Σ p y + s) / (Σ p + Σ y + s), summed over the pixels of an image that are not ignored;
-    s = 1 makes an empty prediction of an empty mask right. `class_weights` is not used.
-    """
+    s = 1 makes an empty prediction of an empty mask right."""
     p = probabilities(logits.float().clamp(-1e5, 1e5))
     first_class = 1 if p.shape[1] == 1 else 0  # one logit: the background has no channel
     classes = torch.arange(first_class, first_class + p.shape[1], device=p.device)
@@ -230,7 +230,7 @@ def dice_loss(logits, target, class_weights=None, smooth=1.0):
     return 1 - ((2 * intersection + smooth) / (cardinality + smooth)).mean()
 
 def bce_dice_loss(logits, target, class_weights=None):
-    """BCE + Dice: BCE gives every pixel a gradient, Dice optimizes the metric itself."""
+    """BCE + Dice: BCE gives every pixel a gradient, soft Dice is close to the metric itself."""
     return bce_loss(logits, target, class_weights) + dice_loss(logits, target)
 
 LOSSES = {"bce_dice": bce_dice_loss, "bce": bce_loss, "dice": dice_loss}
@@ -291,7 +291,7 @@ def update_ema(ema_model, model, decay, step):
     """ema ← decay · ema + (1 − decay) · model; the decay is smaller in the first steps."""
     decay = min(decay, (1 + step) / (10 + step))
     for ema, value in zip(ema_model.state_dict().values(), model.state_dict().values()):
-        if ema.is_floating_point():  # not BatchNorm's step counter
+        if ema.is_floating_point():  # not num_batches_tracked
             ema.lerp_(value, 1 - decay)
 
 def scale_size(size, factor):
@@ -299,8 +299,8 @@ def scale_size(size, factor):
     return size if factor == 1 else tuple(max(32, 16 * round(n * factor / 16)) for n in size)
 
 def train_image_size(config, epoch):
-    """Progressive resizing: of the first `progressive` · `epochs` epochs two thirds train at 1/2
-    size, the others at 3/4. UNet, same compute: val Dice 0.891, without 0.873 (two seeds)."""
+    """Progressive resizing: of the first `progressive` · `epochs` epochs (never the last) two
+    thirds are at 1/2 size, the others at 3/4. UNet, same compute: val Dice 0.891, without 0.873."""
     small = round(config["progressive"] * config["epochs"], 6)  # epochs; 100 · 0.29 is 28.99…
     if epoch > small or epoch == config["epochs"]:
         return config["size"]
@@ -352,11 +352,11 @@ SCHEDULES = {"cosine": cosine, "constant": constant, "plateau": plateau,
 
 # ------------------------------------------------------------------------------------- optimizers
 def newton_schulz(matrices, steps=4, dtype=torch.float32):
-    """Orthogonalizes matrices of one shorter side: singular vectors stay, values over 0.006 of the
-    norm go to 0.7 to 1.2. A step is X ← (a I + b G + c G²) X, G = XXᵀ the Gram matrix."""
+    """Orthogonalizes matrices with equal shorter sides: singular vectors stay, values over 0.006 of
+    the norm go to 0.7 to 1.2. A step is X ← (a I + b G + c G²) X, G = XXᵀ the Gram matrix."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    wide = [x.mT if x.shape[0] > x.shape[1] else x for x in matrices]  # G has the shorter side
-    wide = [(x / (x.norm() + 1e-7)).to(dtype) for x in wide]
+    tall = [x.shape[0] > x.shape[1] for x in matrices]  # transposed, so that G is small
+    wide = [((x.mT if t else x) / (x.norm() + 1e-7)).to(dtype) for x, t in zip(matrices, tall)]
     gram = torch.stack([x @ x.mT for x in wide])                     # (N, side, side)
     identity = torch.eye(gram.shape[1], dtype=dtype, device=gram.device)
     product = identity.expand_as(gram)
@@ -366,13 +366,13 @@ def newton_schulz(matrices, steps=4, dtype=torch.float32):
         poly = a * identity + b * gram + c * gram @ gram
         gram, product = poly @ gram @ poly, poly @ product
     wide = [p @ x for p, x in zip(product, wide)]
-    return [x.mT if m.shape[0] > m.shape[1] else x for x, m in zip(wide, matrices)]
+    return [x.mT if t else x for x, t in zip(wide, tall)]
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalized by Newton–Schulz (K. Jordan and others, 2024,
     https://kellerjordan.github.io/posts/muon/): a step as large in rare directions of the gradient
-    as in frequent ones. A convolution is a matrix (out_channels, kernel area · in_channels), a
-    transposed one the other way. UNet after 3 epochs: val Dice 0.873, AdamW 0.847 (two seeds)."""
+    as in frequent ones. A convolution is a matrix (out_channels, kernel area · in_channels), in a
+    transposed one they change places. UNet after 3 epochs: val Dice 0.873, AdamW 0.847."""
 
     def __init__(self, params, weight_decay=0.0, momentum=0.95, dtype=torch.float32):
         super().__init__(params, {"lr": 0.0, "weight_decay": weight_decay, "momentum": momentum,

@@ -48,7 +48,7 @@ def parse_augment(text):
 
 COUNT, AMOUNT, FRACTION = number(int, 1, 2**31), number(float, 0), number(float, 0, 1)
 # Every option: default, type or choices, help. First those of a run, its config; a new one is a
-# line here, and config["NAME"] where it matters. `resolve_config` replaces None by what fits.
+# line here, and config["NAME"] where it matters. `resolve_config` fills in what fits the machine.
 OPTIONS = {
     "data": ("auto", str, "auto (the pets, or else toy pets), pets, toy, or a folder"),
     "root": ("data", str, "where downloaded data and the cache are kept"),
@@ -144,7 +144,7 @@ def command_line():
         "model", choices=MODELS)
     return parser
 
-# parsed before torch is imported, which takes a second: --help and typing errors come at once
+# parsed before torch is imported, which takes a second: --help and errors of usage come at once
 if __name__ == "__main__":
     ARGS = command_line().parse_args()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback if Ctrl-C comes in that second
@@ -197,7 +197,7 @@ def train_step(config, model, optimizers, train_set, indices, epoch, step, class
         with torch.autocast(device.type, torch.bfloat16, enabled=config["precision"] == "bf16"):
             logits = model(data.normalize(images))
         loss = layers.LOSSES[config["loss"]](logits, target, class_weights)
-        # a mean over images; the BCE of a micro-batch is a mean over its pixels not ignored
+        # a mean over images: as in one large batch, but where pixels are ignored or weighted
         (loss * len(batch) / len(indices)).backward()
 
         mask = layers.probs_to_mask(layers.probabilities(logits.detach()))
@@ -233,9 +233,9 @@ def train(args):
     model = build_model(config).to(device)
     if config["init_from"] and not last:
         init_from(model, config)
-    scored = "test" if "test" in dataset.splits else "val"  # at the end
+    final = "test" if "test" in dataset.splits else "val"  # what is scored at the end
     if config["minutes"] and not last:
-        test_set = data.open_split(dataset, scored, config["size"], config["root"])  # cached now
+        test_set = data.open_split(dataset, final, config["size"], config["root"])  # cached now
         epochs = epochs_in_minutes(config, model, train_set, val_set, len(test_set.names))
         config |= resolve_config(vars(args) | {"epochs": epochs}, device)
     ema_model = copy.deepcopy(model) if config["ema"] else model
@@ -250,11 +250,11 @@ def train(args):
         restore(run, config, model, ema_model, optimizers, last, folder)
     run.sums, run.confusion = run.sums.to(device), run.confusion.to(device)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    checkpoint = folder, run, config, model, ema_model, optimizers
+    state = folder, run, config, model, ema_model, optimizers
     log_start(folder, config, last, device)
     if run.epoch > config["epochs"]:
         log("it is finished; --epochs prolongs it, another --name begins a new run")
-    saved = save_last(*checkpoint)  # at once, so that a full disk shows now
+    saved = save_last(*state)  # at once, so that a full disk shows now
     epoch_starts, signals = layers.epoch_progress(config), catch_signals()
 
     while run.epoch <= config["epochs"]:
@@ -270,7 +270,7 @@ def train(args):
                                          dist.ReduceOp.MAX).tolist()  # all ranks do the same
             if signum or overdue:
                 run.step = step
-                saved = save_last(*checkpoint)
+                saved = save_last(*state)
             if signum:
                 log(f"petseg: stopped in epoch {run.epoch} and saved; to go on: {PROGRAM} train "
                     f"--resume {shlex.quote(str(folder))}")
@@ -290,8 +290,7 @@ def train(args):
             run.seconds = time.monotonic() - start
 
         predictor = Predictor(ema_model, config, tta=False)  # 1.8 s for the pets' val; with TTA 7
-        best = finish_epoch(folder, run, config, lr,
-                            *evaluate(predictor, val_set, config["loss"], class_weights))
+        best = finish_epoch(folder, run, config, lr, *evaluate(predictor, val_set, class_weights))
         if RANK == 0:
             # last.pt comes last: killed before it, the epoch is done again and writes the same
             if best or not (folder / "best.pt").exists():
@@ -307,26 +306,27 @@ def train(args):
                          torch.linspace(0, len(val_set.names) - 1, 8).int().unique())
         run.epoch, run.step, run.seconds = run.epoch + 1, 0, 0.0
         run.sums, run.confusion = run.sums * 0, run.confusion * 0
-        saved = save_last(*checkpoint)
+        saved = save_last(*state)
 
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if signals:  # one that came after the last step
         signal.raise_signal(signals[0])
     score_split(argparse.Namespace(**vars(args) | {
-        "ckpt": folder / "best.pt", "out": folder, "split": scored, "threshold": 0.5, "tta": True,
+        "ckpt": folder / "best.pt", "out": folder, "split": final, "threshold": 0.5, "tta": True,
         **{name: config[name] for name in ("data", "root", "precision")}}))
 
-def evaluate(predictor, split, loss="bce_dice", class_weights=None, batch_size=32):
+def evaluate(predictor, split, class_weights=None):
     """Predicts every image of a split: (mean loss, confusion matrix of each image)."""
     n, config, device = len(split.names), predictor.config, predictor.device
     classes, loss_sum = len(config["class_names"]), torch.zeros((), device=device)
     confusion = torch.zeros(n, classes, classes, dtype=torch.long, device=device)
+    batch_size = max(1, min(32, config["batch_size"] // WORLD_SIZE))  # what training has room for
     for start in range(RANK, n, batch_size * WORLD_SIZE):
         shard = slice(start, start + batch_size * WORLD_SIZE, WORLD_SIZE)
         images, labels = data.get_batch(split, torch.arange(n)[shard], device)
         target, logits = eval_target(config, labels), predictor.logits(images)
-        loss_sum += layers.LOSSES[loss](logits, target, class_weights) * len(images)
+        loss_sum += layers.LOSSES[config["loss"]](logits, target, class_weights) * len(images)
         mask = layers.probs_to_mask(layers.probabilities(logits), predictor.threshold)
         confusion[shard] = layers.confusion_matrix(mask, target, classes)
     return float(all_reduce(loss_sum)) / n, all_reduce(confusion).cpu()
@@ -356,8 +356,8 @@ def epochs_in_minutes(config, model, train_set, val_set, n_test):
         return sum(steps * step_time[size] + val_time for size in sizes) + n_test * image_time
 
     left = 60 * config["minutes"] - (time.monotonic() - start)
-    epochs = torch.tensor(max(1, bisect.bisect(range(1, 10_001), left, key=duration)))
-    epochs = int(all_reduce(epochs, dist.ReduceOp.MIN))
+    fitting = bisect.bisect(range(1, 10_001), left, key=duration)  # how many epochs do
+    epochs = int(all_reduce(torch.tensor(max(1, fitting)), dist.ReduceOp.MIN))
     log(f"--epochs {epochs}: about {duration(epochs) / 60:.1f} of {config['minutes']:g} minutes")
     return epochs
 
@@ -376,14 +376,14 @@ def pick_device(name):
     https://github.com/pytorch/pytorch/issues/175189 its GPU gets batch norm's gradients wrong."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("torch finds no CUDA GPU here; try --device cpu")
-    torch.backends.cudnn.deterministic = True  # the same seed gives the same weights
+    torch.backends.cudnn.deterministic = True  # the same seed, the same weights (not "bilinear")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 def pick_precision(name, device):
     """"bf16" or "fp32"; auto is bfloat16 where the hardware multiplies it faster."""
-    fast = {"cuda": torch.cuda.is_bf16_supported(including_emulation=False),
-            "cpu": torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()}
-    return name if name in DTYPES else "bf16" if fast[device.type] else "fp32"
+    fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
+            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return name if name in DTYPES else "bf16" if fast else "fp32"
 
 def load_dataset(config, url):
     """The dataset of a config; the border is a class of its own where the config says so."""
@@ -433,7 +433,7 @@ class Predictor:
 
     @torch.inference_mode()
     def logits(self, images):
-        """Images (B, 3, H, W) in 0..1 to logits; with `tta` of the mean probabilities of views."""
+        """Images (B, 3, H, W) in 0..1 to logits; with `tta` those of the mean probabilities."""
         x = data.normalize(images)
         logits, size = self.model(x.to(self.dtype)).float(), x.shape[2:]
         if not self.tta:
@@ -490,7 +490,7 @@ class Predictor:
             # the network has learned to keep a trimap's border: erode, from its rim to its middle
             p, threshold = -F.max_pool2d(-p, 5, 1, 2), 0.65 * threshold
         a, b = layers.guided_filter(image, p, radius=2).split((3, 1))
-        # alpha = 4 (a · colour + b − threshold) + ½ for colours and alpha from 0 to 255
+        # alpha = 4 (a · colour + b − threshold) + ½ in 0..1; the coefficients are for 0..255
         coefficients = torch.cat((4 * a, 255 * (4 * (b - threshold) + 0.5)))
         alpha = data.alpha_from_coefficients(photo, coefficients.numpy())
         # where a pixel is a mixture, the colour of the foreground is that of its opaque neighbours
@@ -540,18 +540,18 @@ def image_scores(confusion, class_names):
 
 def draw_samples(path, models, indices):
     """A grid of photo | ground truth | prediction of each model, {name: (predictor, split)}."""
-    masks = [{} for _ in indices]
+    rows = [{} for _ in indices]
     for name, (predictor, split) in models.items():
         config, names = predictor.config, predictor.config["class_names"]
         images, labels = data.get_batch(split, indices, predictor.device)
         target, probs = eval_target(config, labels), layers.probabilities(predictor.logits(images))
         mask = layers.probs_to_mask(probs, predictor.threshold)
         scores = image_scores(layers.confusion_matrix(mask, target, len(names)), names)
-        for tiles, truth, prediction, score in zip(masks, target.cpu(), mask.cpu(), scores):
+        for tiles, truth, prediction, score in zip(rows, target.cpu(), mask.cpu(), scores):
             tiles |= {"ground truth": truth.numpy(), f"{name}: {score:.3f}": prediction.numpy()}
     data.save_image(data.image_grid([
         data.panel(data.to_image(split.images[i]), split.names[i], tiles, names, height=160)
-        for i, tiles in zip(indices, masks)], 1 if len(models) > 1 else 2), path)
+        for i, tiles in zip(indices, rows)], 1 if len(models) > 1 else 2), path)
 
 def catch_signals():
     """From now on SIGINT and SIGTERM are only appended to a list, which the loop reads."""
@@ -581,9 +581,9 @@ def open_run(args, device):
             return folder, resolve_config(vars(args), device), None
 
     last = load_last(folder)
-    old, resolved = last["config"], {"data": "auto", "precision": "auto"}  # settled at its start
+    old, auto = last["config"], {"data": "auto", "precision": "auto"}  # typed again: no change
     changed = {name: value for name, value in vars(args).items()
-               if name in DEFAULTS and value not in (None, old[name], resolved.get(name))}
+               if name in DEFAULTS and value not in (None, old[name], auto.get(name))}
     for name in changed.keys() - RESUME_OVERRIDES:
         raise UserError(f"{folder} was begun with --{name.replace('_', '-')} {old[name]}, not "
                         f"{changed[name]}; leave it out, or begin a new run with another --name")
@@ -619,8 +619,8 @@ def log_start(folder, config, last, device):
                "torch": str(torch.__version__), "commit": git.stdout.strip() or None}
     log(f"{'resuming' if last else 'training'} {folder} on {name}, processes × threads: "
         f"{WORLD_SIZE} × {config['threads']}")
-    if last and any(last["config"][key] != config[key] for key in ("threads", "processes")):
-        log("warning: other numbers of processes or threads than before: not bit-exact any more")
+    if last and any(last["config"][k] != config[k] for k in ("device", "threads", "processes")):
+        log("warning: other device, processes or threads than before: not bit-exact any more")
 
 def save_checkpoint(path, content, keep_as=None):
     """Writes a checkpoint so that at any moment the old or the new one is there, complete."""
@@ -635,7 +635,7 @@ def save_checkpoint(path, content, keep_as=None):
         os.fsync(folder)  # the file's name is an entry of its folder
         os.close(folder)
 
-def load_checkpoint(path, kind="best.pt", device="cpu"):
+def load_checkpoint(path, kind="best.pt"):
     """Reads a best.pt or last.pt. It may come from anywhere: nothing in it is executed; its CRCs
     must be right, its config that of a model, its weights finite and those of that model."""
     path = Path(path) / kind if Path(path).is_dir() else Path(path)
@@ -646,7 +646,7 @@ def load_checkpoint(path, kind="best.pt", device="cpu"):
         with zipfile.ZipFile(path) as file:
             if any(p.compress_type or p.external_attr for p in file.infolist()) or file.testzip():
                 raise ValueError("a zip bomb, or a flipped bit")
-        content = torch.load(path, map_location=device, weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
         if not {"config", {"best.pt": "weights", "last.pt": "ema"}[kind]} <= content.keys():
             raise UserError(f"{path} is not the {kind} of a run, or of an older version of petseg; "
                             "a last.pt: --resume its folder; an old best.pt must be trained again")
@@ -683,7 +683,7 @@ def load_last(folder):
             return load_checkpoint(path, "last.pt")
         except UserError as error:
             log(f"warning: {error}")
-    raise UserError(f"{folder} has no last.pt to go on from; begin anew with another --name; if "
+    raise UserError(f"{folder} has no last.pt that can be used; begin anew with another --name; if "
                     f"there is a best.pt, from its weights: --init-from {folder}/best.pt")
 
 def restore(run, config, model, ema_model, optimizers, last, folder):
@@ -707,22 +707,22 @@ def init_from(model, config):
 
 def save_model(path, model, config, history):
     """Writes a best.pt: the weights, in half precision, and how they came about."""
-    weights = {name: value.half() if value.dim() > 1 else value  # a variance may exceed its 65504
-               for name, value in model.state_dict().items()}
+    weights = {name: (value.half() if value.dim() > 1 else value).cpu()
+               for name, value in model.state_dict().items()}  # a variance may exceed half's 65504
     save_checkpoint(path, {"config": config, "weights": weights, "metrics": history[-1]})
 
 def load(path, device="auto", precision="auto", threshold=0.5, tta=True):
     """The model of a best.pt, ready to predict: a Predictor."""
-    device = pick_device(device)
-    content = load_checkpoint(path, device=device)
+    device, content = pick_device(device), load_checkpoint(path)
     config, model = content["config"], build_model(content["config"], "meta")
     model.load_state_dict(content["weights"], assign=True)
     config["precision"] = pick_precision(precision, device)
-    return Predictor(model.float().to(memory_format=torch.channels_last), config, threshold, tta)
+    model = model.float().to(device, memory_format=torch.channels_last)
+    return Predictor(model, config, threshold, tta)
 
 # --------------------------------------------------------------------------- eval, infer, compare
 def eval_dataset(args, config):
-    """The dataset that --data and --root name, or else the one that the model was trained on."""
+    """The dataset that --data and --root name, then noted in `config`, or else that of `config`."""
     config |= {k: value for k in ("data", "root", "max_pixels") if (value := vars(args)[k])}
     dataset, names = load_dataset(config, args.url), config["class_names"]
     if dataset.class_names != names and not len(dataset.class_names) == len(names) == 2:
@@ -775,15 +775,15 @@ def segment_images(predictor, samples, outputs, out, background, crop):
             rows[sample.name] = error
     results = predictor.segment_batch([photo for photo, *_ in read.values()])
     for (name, (_, labels, path)), result in zip(read.items(), results):
-        mask, masks, metrics = result.mask, {"prediction": result.mask}, {}
+        mask, tiles, metrics = result.mask, {"prediction": result.mask}, {}
         if labels is not None:
             target = eval_target(predictor.config, torch.from_numpy(labels)[None])
             confusion = layers.confusion_matrix(torch.from_numpy(mask)[None], target, len(names))
-            masks = {"ground truth": target[0].numpy()} | masks
+            tiles = {"ground truth": target[0].numpy()} | tiles
             metrics = layers.compute_metrics(confusion, names)
         render = {"mask": predictor.mask, "overlay": predictor.overlay,
                   "cutout": lambda result: predictor.cutout(result, background, crop),
-                  "panel": lambda result: data.panel(result.photo, "photo", masks, names)}
+                  "panel": lambda result: data.panel(result.photo, "photo", tiles, names)}
         for output in outputs:
             data.save_image(render[output](result), data.output_path(out, name, output))
         counts, box = data.to_image(mask).histogram(), data.to_image(mask).getbbox()
@@ -799,13 +799,14 @@ def segment_images(predictor, samples, outputs, out, background, crop):
 
 def infer_outputs(args, out):
     """What --save names, or what is usual; into one file goes one output of one image."""
-    file, images = data.is_file_name(out), map(Path, args.images)
+    file, images = data.is_file_name(out), [*map(Path, args.images)]
     usual = "cutout" if file else "mask,overlay,cutout" if args.images else "panel"
     outputs = (args.save or usual).split(",")
     if unknown := set(outputs) - data.OUTPUTS.keys():
         raise UserError(f"--save knows {', '.join(data.OUTPUTS)}, not {', '.join(unknown)}")
-    single = [i.is_dir() or i.is_file() and i.resolve() == out.resolve() for i in images] == [False]
-    if file and (not single or len(outputs) != 1 or str(out) == "-" and args.json
+    single = len(images) == len(outputs) == 1 and not images[0].is_dir()
+    if file and (not single or out.is_file() and out.resolve() == images[0].resolve()
+                 or str(out) == "-" and args.json
                  or out.suffix.lower() not in ("", ".png", ".webp", ".jpg", ".jpeg")):
         raise UserError(f"{out} takes one output of one image, not itself, as png, webp, jpg, and "
                         f"stdout nothing else; as in {PROGRAM} infer cat.jpg --out cat.png")
@@ -820,8 +821,8 @@ def infer(args):
     if args.images:  # of trimaps it is known what their values mean for a pet
         samples = [data.Sample("", path, "pet" in classes and data.find_ground_truth(path),
                                data.TRIMAP_TO_LABEL) for path in data.find_images(args.images)
-                   if out.resolve() not in path.resolve().parents  # else it may be written by us
-                   or data.OUTPUTS.get(path.stem.rpartition("_")[2]) != path.suffix]
+                   if not (out.resolve() in path.resolve().parents  # an output of an earlier infer
+                           and data.OUTPUTS.get(path.stem.rpartition("_")[2]) == path.suffix)]
     else:
         samples = data.get_samples(eval_dataset(args, predictor.config), "test")
     names = data.unique_names([sample.image.stem for sample in samples])
@@ -845,7 +846,7 @@ def infer(args):
         for new in data.progress(results, "infer", len(todo), size=len):
             failed += [str(row) for row in new.values() if isinstance(row, UserError)]
             rows |= {name: row for name, row in new.items() if isinstance(row, dict)}
-            if 0 < len(rows) % 100 <= batch and not data.is_file_name(out):  # should a kill come
+            if 0 < len(rows) % 100 <= batch and not data.is_file_name(out):  # a kill may come
                 data.write_csv(table, (old | rows).values())
     finally:
         if rows and not data.is_file_name(out):
@@ -856,9 +857,9 @@ def infer(args):
     for name in score_names(classes):
         if scores := [float(row[name]) for row in rows.values() if row.get(name, "") != ""]:
             result |= {"scored": len(scores), name: sum(scores) / len(scores)}
-    last = data.output_path(out, names[0], outputs[-1]) if len(rows) == len(names) == 1 else out
+    written = data.output_path(out, names[0], outputs[-1]) if len(rows) == len(names) == 1 else out
     if str(out) != "-":
-        print_result(args, f"{data.format_table([result])}\n{last}", result | {"failed": failed})
+        print_result(args, f"{data.format_table([result])}\n{written}", result | {"failed": failed})
     if failed:
         raise UserError(f"images could not be read: {len(failed)} of {len(names)}:", *failed[:5])
 
@@ -894,7 +895,7 @@ def compare(args):
 
 # ------------------------------------------------------------------- data, summary, export, bench
 def manage_data(args):
-    """Downloads the pets, draws the toys, or reads all of a dataset and says what is wrong."""
+    """Downloads the pets or draws the toys, if asked; reads all and says what is wrong."""
     choice = {"get": "pets", "toy": "toy"}.get(args.action, args.data or "auto")
     fetched = choice not in ("auto", "pets") or any(Path(args.root, data.PETS).glob("*/*"))
     if args.action == "check" and not fetched:
@@ -932,13 +933,12 @@ def layer_table(config):
     return rows, {name: sum(row[name] for row in rows) for name in ("parameters", "multiply_adds")}
 
 def summary(args):
-    """Prints the layers of a model, as `train` would make it here."""
+    """Prints the layers of a model, as `train` with these options would make it here."""
     config = resolve_config(vars(args), pick_device(args.device))
     rows, total = layer_table(config | {"class_names": ["background", "pet"]})
     table = data.format_table([*rows, {"layer": "all", "kind": args.model, "output": "", **total}])
     about = {name: config[name] for name in ("model", "width", "size")}
-    text = f"{table}\nwidth {config['width']}, size {config['size']}: what train takes here"
-    print_result(args, text, about | total | {"layers": rows})
+    print_result(args, f"{table}\n{about}", about | total | {"layers": rows})
 
 @torch.no_grad()
 def export(args):
@@ -1023,12 +1023,12 @@ def explain(error):
         error = error.__context__  # torch.save hides the error of a full disk
     if isinstance(error, UserError):
         return str(error)
-    if re.search("MemoryError|(out of|allocate|enough) memory", repr(error)):
-        return "not enough memory; lower --batch-size, --size or --width"
+    if re.search("MemoryError|ALLOC_FAILED|(out of|allocate|enough) memory", repr(error)):
+        return "not enough memory; lower --batch-size, --size or --width; for infer --threads"
     if isinstance(error, OSError):
         return f"{error}; make room, change permissions, or take another place: --out or --root"
     if isinstance(error, dist.DistError) or "gloo" in str(error):
-        return "another process has ended, and so this one does"
+        return f"another process has ended, or none can be reached: {str(error).splitlines()[-1]}"
 
 def main(args):
     """Runs a subcommand; turns what a user can cause into a message and an exit code."""
