@@ -936,9 +936,9 @@ def summary(args):
     """Prints the layers of a model, as `train` with these options would make it here."""
     config = resolve_config(vars(args), pick_device(args.device))
     rows, total = layer_table(config | {"class_names": ["background", "pet"]})
-    table = data.format_table([*rows, {"layer": "all", "kind": args.model, "output": "", **total}])
     about = {name: config[name] for name in ("model", "width", "size")}
-    print_result(args, f"{table}\n{about}", about | total | {"layers": rows})
+    whole = {"layer": args.model, "kind": f"width {config['width']}", "output": rows[-1]["output"]}
+    print_result(args, data.format_table([*rows, whole | total]), about | total | {"layers": rows})
 
 @torch.no_grad()
 def export(args):
@@ -1028,7 +1028,7 @@ def explain(error):
     if isinstance(error, OSError):
         return f"{error}; make room, change permissions, or take another place: --out or --root"
     if isinstance(error, dist.DistError) or "gloo" in str(error):
-        return f"another process has ended, or none can be reached: {str(error).splitlines()[-1]}"
+        return "another process has ended" + f", or NCCL: {error}" * ("gloo" not in str(error))
 
 def main(args):
     """Runs a subcommand; turns what a user can cause into a message and an exit code."""
