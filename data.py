@@ -49,7 +49,7 @@ CachedSplit = namedtuple("CachedSplit", "names images labels")
 
 def get_samples(dataset, split):
     """The samples of a split, if there is such a split."""
-    if split not in dataset.splits:
+    if not dataset.splits.get(split):
         raise UserError(f"{dataset.folder} has no {split} split; eval can take --split val")
     return dataset.splits[split]
 

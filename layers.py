@@ -195,7 +195,7 @@ def probabilities(logits):
     return logits.sigmoid() if logits.shape[1] == 1 else logits.softmax(dim=1)
 
 # ---------------------------------------------------------------------------------------- losses
-# logits (B, C, H, W); target (B, H, W) holds class indices, and 255 where a pixel is ignored.
+# logits (B, C, H, W), maybe bfloat16; target (B, H, W) uint8: class indices, 255 is ignored.
 # C = 1 means two classes with one logit: sigmoid(z) is the probability of class 1.
 def bce_loss(logits, target, class_weights=None):
     """Mean of −log p(target class) over the pixels that are not ignored: (binary) cross-entropy.
@@ -404,11 +404,11 @@ def make_optimizers(model, config):
     """The optimizers of a model; a group's learning rate is the schedule's times its `lr_scale`."""
     # fused: one pass over all weights, 7 ms instead of 11 in a step of ResNet34-UNet on two cores
     if config["optimizer"] != "muon":  # Adam is AdamW without weight decay
-        weight_decay = config["weight_decay"] if config["optimizer"] == "adamw" else 0.0
+        weight_decay = {"adamw": config["weight_decay"], "adam": 0.0}[config["optimizer"]]
         return [torch.optim.AdamW([{"params": model.parameters(), "lr_scale": 1}], fused=True,
                                   weight_decay=weight_decay)]
     # Muon is for the matrices between layers: not for the head, biases and batch norms
-    body = [*model.encoder.parameters(), *model.decoder.parameters()]
+    body = [p for name, p in model.named_parameters() if not name.startswith("head.")]
     matrices = [p for p in body if p.dim() == 4]
     others = [p for p in body if p.dim() != 4] + [*model.head.parameters()]
     dtype = torch.bfloat16 if config["precision"] == "bf16" else torch.float32

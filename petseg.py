@@ -233,7 +233,7 @@ def train(args):
     model = build_model(config).to(device)
     if config["init_from"] and not last:
         init_from(model, config)
-    final = "test" if "test" in dataset.splits else "val"  # what is scored at the end
+    final = "test" if dataset.splits.get("test") else "val"  # what is scored at the end
     if config["minutes"] and not last:
         test_set = data.open_split(dataset, final, config["size"], config["root"])  # cached now
         epochs = epochs_in_minutes(config, model, train_set, val_set, len(test_set.names))
@@ -377,13 +377,13 @@ def pick_device(name):
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("torch finds no CUDA GPU here; try --device cpu")
     torch.backends.cudnn.deterministic = True  # the same seed, the same weights (not "bilinear")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    return torch.device(("cpu", "cuda")[torch.cuda.is_available()] if name == "auto" else name)
 
 def pick_precision(name, device):
     """"bf16" or "fp32"; auto is bfloat16 where the hardware multiplies it faster."""
     fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
             torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return name if name in DTYPES else "bf16" if fast else "fp32"
+    return ("bf16" if fast else "fp32") if name in (None, "auto") else name
 
 def load_dataset(config, url):
     """The dataset of a config; the border is a class of its own where the config says so."""
@@ -569,7 +569,7 @@ def open_run(args, device):
     folder = Path(args.resume or Path(args.out, args.name or "."))
     if not (args.resume or args.name and any(folder.glob("*.pt"))):
         if not args.model:
-            raise UserError(f"which model? {PROGRAM} train unet, or train resnet34_unet")
+            raise UserError(f"which model? {PROGRAM} train {', or train '.join(MODELS)}")
         if args.minutes and args.epochs:
             raise UserError("--minutes settles the number of epochs; leave out --epochs")
         where = data.find_data(args.data or "auto", args.root or "data", args.url).resolve()

@@ -390,9 +390,10 @@ def test_muon_orthogonalizes_its_nesterov_momentum(shape, scale):
     evens = lengths[:, ::2] > 0  # even and odd parameters take turns
     assert torch.equal(evens, ~(lengths[:, 1::2] > 0)) and torch.equal(evens[1:], ~evens[:-1])
 
-@pytest.mark.parametrize("name", ["adamw", "adam", "muon"])
+@pytest.mark.parametrize("name", petseg.OPTIONS["optimizer"][1])
 def test_each_parameter_has_one_optimizer_and_its_weight_decay(name):
     model, config = layers.UNet(width=2), {"optimizer": name, "weight_decay": 0.5}
+    model.context = nn.Conv2d(2, 2, 3)  # what a network adds beside the encoder and the decoder
     optimizers = layers.make_optimizers(model, config | {"precision": "fp32"})
     given = [id(p) for each in optimizers for group in each.param_groups for p in group["params"]]
     assert sorted(given) == sorted(id(p) for p in model.parameters())
@@ -403,7 +404,7 @@ def test_each_parameter_has_one_optimizer_and_its_weight_decay(name):
             group["lr"] = 0.02
         optimizer.step()
     for path, p in model.named_parameters():  # w ← (1 − lr · weight decay) w, twice
-        decays = name == "adamw" or name == "muon" and p.dim() == 4 and "head" not in path
+        decays = name != "adam" and (name != "muon" or p.dim() == 4 and "head" not in path)
         assert ((p - (0.98 if decays else 1)).abs() < 2e-4).all(), path
 
 # ------------------------------------------------------------------------------------------ data
@@ -504,7 +505,7 @@ def test_cutmix_puts_a_box_of_another_image_into_its_fraction():
 
 def test_augment_changes_its_fraction_of_images_and_follows_its_generator():
     images, labels = torch.rand(200, 3, 24, 40), torch.randint(3, (200, 24, 40)).to(torch.uint8)
-    strong = dict(brightness=0.4, contrast=0.4, saturation=1.0, cutmix=0.5, **MOVES)
+    strong = {n: low + (high - low) / 4 for n, (low, high) in petseg.AUGMENT_BOUNDS.items()}
     first, again, other, none = (data.augment(images, labels, data.seeded_generator(key), p=p,
                                  **strong) for key, p in ((1, 0.5), (1, 0.5), (2, 0.5), (1, 0)))
     assert all(map(torch.equal, first, again)) and not torch.equal(first[0], other[0])
@@ -955,8 +956,7 @@ def trained(root):
     """The folders of three runs, to be read only: of each model, and of one that is halfway."""
     words = ("--root", root, *TINY, *SHORT, "--epochs")
     return {name: Path(answer("train", net, *words, n, "--out", f"{root}/{n}")["checkpoint"]).parent
-            for name, net, n in (("unet", "unet", 2), ("halfway", "unet", 1),
-                                        ("resnet34_unet", "resnet34_unet", 2))}
+            for name, net, n in (("halfway", "unet", 1), *((net, net, 2) for net in petseg.MODELS))}
 
 @pytest.fixture
 def halfway(trained, root, tmp_path):
