@@ -115,7 +115,7 @@ def refused(*words, **options):
 
 @pytest.fixture(scope="session")
 def root(tmp_path_factory):
-    """A --root that holds 40 + 10 toy pets."""
+    """A --root that holds 40 + 10 toy pets; runs and caches come with the tests."""
     root = tmp_path_factory.mktemp("root")
     data.make_toys(root, trainval=40, test=10)
     return root
@@ -144,7 +144,6 @@ def test_encoder_computes_what_the_resnet34_of_the_paper_computes():
     for value in [v for v in network.state_dict().values() if v.dim() == 1]:
         value.uniform_(0.3, 0.9)  # batch norms as after some training
     weights = iter(network.encoder.state_dict().values())
-
     def conv_bn(x, stride=1):
         kernel, scale, shift, mean, variance, _ = (next(weights) for _ in range(6))
         x = F.conv2d(x, kernel, stride=stride, padding=kernel.shape[2] // 2)
@@ -291,7 +290,8 @@ def test_metrics_against_slow_loops():
                        "fraction": pytest.approx(c[2] / total[:, 2].sum())}
     assert result == pytest.approx({"mean_dice": total[:2, 3].mean(), "accuracy": accuracy,
                                     "mean_iou": total[:2, 4].mean(), "images": 6})
-    assert layers.compute_metrics(torch.tensor([[[0, 0], [5, 0]]]), TWO)["precision"] is None
+    for name, counts in ("precision", [[0, 0], [5, 0]]), ("recall", [[0, 5], [0, 0]]):
+        assert layers.compute_metrics(torch.tensor([counts]), TWO)[name] is None
 
 def test_ema_follows_its_formula_with_warm_up():
     model, ema_model = nn.BatchNorm2d(1), nn.BatchNorm2d(1)  # has weights, statistics, a counter
@@ -310,7 +310,7 @@ def test_guided_filter_against_slow_loops():
         return slice(max(0, y - radius), y + radius + 1), slice(max(0, x - radius), x + radius + 1)
     places, linear = [(y, x) for y in range(7) for x in range(9)], torch.zeros(4, 7, 9)
     for y, x in places:  # in each window ridge regression of p on the colours
-        colours = image[:, *windows(y, x)].flatten(1).double()
+        colours = image[(slice(None), *windows(y, x))].flatten(1).double()
         target = p[0][windows(y, x)].flatten().double()
         centred = colours - colours.mean(dim=1, keepdim=True)
         cov = centred @ centred.T / len(target) + 1e-2 * torch.eye(3)
@@ -318,7 +318,7 @@ def test_guided_filter_against_slow_loops():
         linear[:, y, x] = torch.cat((a, target.mean()[None] - a @ colours.mean(dim=1)[:, None]))
     result = layers.guided_filter(image, p, radius=2, eps=1e-2)
     for y, x in places:
-        expected = linear[:, *windows(y, x)].mean(dim=(1, 2))
+        expected = linear[(slice(None), *windows(y, x))].mean(dim=(1, 2))
         torch.testing.assert_close(result[:, y, x], expected, rtol=1e-3, atol=1e-4)
 
 @pytest.mark.parametrize("size, progressive, expected", [
@@ -387,8 +387,8 @@ def test_muon_orthogonalizes_its_nesterov_momentum(shape, scale):
         lengths.append(length.flatten())
     lengths = torch.stack(lengths)
     assert 0.6 < lengths.mean(dim=0).min() and lengths.mean(dim=0).max() < 1.3
-    evens = lengths[:, ::2] > 0  # even and odd parameters take turns
-    assert torch.equal(evens, ~(lengths[:, 1::2] > 0)) and torch.equal(evens[1:], ~evens[:-1])
+    even_moved, odd_moved = lengths[:, ::2] > 0, lengths[:, 1::2] > 0  # they take turns
+    assert torch.equal(even_moved, ~odd_moved) and torch.equal(even_moved[1:], ~even_moved[:-1])
 
 @pytest.mark.parametrize("name", petseg.OPTIONS["optimizer"][1])
 def test_each_parameter_has_one_optimizer_and_its_weight_decay(name):
@@ -408,7 +408,7 @@ def test_each_parameter_has_one_optimizer_and_its_weight_decay(name):
         assert ((p - (0.98 if decays else 1)).abs() < 2e-4).all(), path
 
 # ------------------------------------------------------------------------------------------ data
-FUZZ = int(os.environ.get("PETSEG_FUZZ", 150))  # damaged files; for all: PETSEG_FUZZ=2000 -k fuzz
+FUZZ = int(os.environ.get("PETSEG_FUZZ", 150))  # damaged files; for more: PETSEG_FUZZ=2000 -k fuzz
 MOVES = dict(flip=0.5, vflip=0.5, rotate=25, zoom=1.4, aspect=1.2, shift=0.1)
 PAIRS = [f"{folder}/{i}.png" for folder in ("images", "masks") for i in range(40)]
 RED, BLUE, WHITE, GRAYS = (200, 30, 30), (30, 30, 200), (255, 255, 255), ((200,) * 3, (30,) * 3)
@@ -477,15 +477,15 @@ def test_images_and_labels_move_together_and_as_far_as_told(strengths, size):
     x, y = images[:, 0] * 80, images[:, 1] * 60
     assert (moved == labels[y.long().clamp(max=59), x.long().clamp(max=79)]).float().mean() > 0.99
     # from the centre, (x, y) = diag(aspect, 1 / aspect) / zoom · rotation · flips · (u, v) + shift
-    corners = torch.stack((x, y), dim=1)[..., h // 2 - 4:h // 2 + 4:7, w // 2 - 4:w // 2 + 4:7]
-    dx_dv, dy_dv = ((corners[..., 1, :] - corners[..., 0, :]).mean(dim=2) * h / (7 * 60)).T
-    dx_du, dy_du = ((corners[..., 1] - corners[..., 0]).mean(dim=2) * w / (7 * 80)).T
+    middle = torch.stack((x, y), dim=1)[..., h // 2 - 4:h // 2 + 4, w // 2 - 4:w // 2 + 4]
+    dx_dv, dy_dv = (middle.diff(dim=2).mean(dim=(2, 3)) * h / 60).T  # for a step down in the result
+    dx_du, dy_du = (middle.diff(dim=3).mean(dim=(2, 3)) * w / 80).T  # for a step to the right
     scale_x, scale_y = torch.hypot(dx_du, dx_dv), torch.hypot(dy_du, dy_dv)
     sine = dy_du * dx_du.sign() / scale_y
     torch.testing.assert_close(sine, -dx_dv * dy_dv.sign() / scale_x, rtol=0, atol=1e-3)
     for name, values in (("rotate", sine.asin().rad2deg()), ("zoom", (scale_x * scale_y)**-0.5),
                          ("aspect", (scale_x / scale_y)**0.5),
-                         ("shift", corners.mean(dim=(2, 3)) / torch.tensor([80, 60]) - 0.5)):
+                         ("shift", middle.mean(dim=(2, 3)) / torch.tensor([80, 60]) - 0.5)):
         high = strengths.get(name, int(name in ("zoom", "aspect")))
         extremes = 1 / high if name in ("zoom", "aspect") else -high, high
         assert [values.min(), values.max()] == pytest.approx(extremes, rel=0.04, abs=0.003)
@@ -595,9 +595,8 @@ def test_fuzz(tmp_path, monkeypatch):
         if content[12:16] == b"IHDR":  # else a PNG ends at its checksum
             content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
         path.write_bytes(content[:rng.integers(1, 2 * len(content))])  # half of them are cut off
-        for function, argument in ((data.read_image, None), (data.read_image, (32, 32)),
-                                   (data.read_mask, None)):
-            result = outcome(function, path, argument)  # another error ends the test
+        for call, arg in (data.read_image, None), (data.read_image, (9, 9)), (data.read_mask, None):
+            result = outcome(call, path, arg)  # another error ends the test
             assert str(path) in result if isinstance(result, str) else np.asarray(result).size
             read += not isinstance(result, str)
     assert 0 < read < 3 * FUZZ
@@ -610,7 +609,7 @@ def test_fuzz(tmp_path, monkeypatch):
 def test_masks_of_two_classes_in_every_form(tmp_path, values, mode, name):
     path, expected = tmp_path / name, values >= min(128, values.max())
     Image.fromarray(values).convert(mode).save(path, quality=int(path.stem))
-    assert (outcome(data.read_mask, path, None) != expected).mean() <= 0.001 * (name[-3:] == "jpg")
+    assert (data.read_mask(path, None) != expected).mean() <= (0.001 if "jpg" in name else 0)
     Image.fromarray(DISC).quantize(2).save(path, "png")  # its palette begins with white
     assert (outcome(data.read_mask, path, None) == (DISC > 0)).all()
     Image.fromarray(TOO_BLURRED).save(tmp_path / "blurred.png")
@@ -639,8 +638,9 @@ def test_what_values_of_masks_mean(tmp_path, text, values, expected):
             listed.write_bytes(text.replace("\n", "\r\n").encode(encoding))
         found = outcome(lambda: data.read_mask(path, data.read_classes(tmp_path)[0]))
         if isinstance(expected, list):
-            first, second, *_ = data.read_classes(tmp_path)[1]  # here they are in order
-            assert found.tolist() == [expected] and first < second in (text or "foreground")
+            names = data.read_classes(tmp_path)[1]  # here they are in order; each ends a line
+            assert found.tolist() == [expected] and names == sorted(names)
+            assert not text or all(f"{name}\n" in f"{text}\n" for name in names)
         else:
             assert expected in found and str(tmp_path) in found
     if isinstance(expected, str) and not text:  # the refusal ends with a classes.txt to start from
@@ -694,7 +694,7 @@ def test_random_split_is_fixed_and_kept_and_what_has_no_partner_is_left_out(tmp_
     make_files(tmp_path, *PAIRS)
     first = data.scan_dataset(tmp_path)
     assert data.scan_dataset(tmp_path, random_split={"val": ["of other data"]}) == first
-    assert first.random_split["val"] != ["0", "1", "10", "11"]  # in no order that a name may have
+    assert first.random_split["val"] != ["0", "1", "10", "11"]  # not the first names
     make_files(tmp_path, "images/a.png", "masks/a.png")  # what comes later is for training
     make_files(tmp_path, "images/7.jpg", "images/odd.jpg", "masks/spare.png")
     with pytest.warns() as warned:
@@ -729,7 +729,6 @@ def mirror(toys, tmp_path_factory):
         def do_GET(self):
             start = int(self.headers.get("Range", "bytes=0-")[len("bytes="):-1])
             server.asked.append(start)
-            time.sleep(0.05)
             content = server.files[self.path.rpartition("/")[2]]
             end = len(content) // 2 if server.breaks else len(content)
             start, server.breaks = start if server.ranges else 0, False
@@ -737,7 +736,6 @@ def mirror(toys, tmp_path_factory):
             self.send_header("Content-Length", str(len(content) - start))
             self.end_headers()
             self.wfile.write(b"" if server.status else content[start:end])
-
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Mirror) as server:
         server.asked, server.ranges, server.breaks, server.status = [], True, False, None
         server.url = f"http://127.0.0.1:{server.server_port}/pets/"
@@ -788,7 +786,7 @@ def test_archives_leave_nothing_outside_their_folder(tmp_path, name, kind, link)
     assert not [*tmp_path.rglob("evil")]
 
 def test_leftovers_of_killed_processes_are_cleared_away_under_the_lock(tmp_path):
-    with suppress(FileNotFoundError), data.atomic_path(tmp_path / "cache" / "val") as new:
+    with data.atomic_path(tmp_path / "cache" / "val") as new:
         make_files(tmp_path, new / "half", f"{data.PETS}/.part-1/a", "run/.part-1/last.pt")
         with data.take_lock(tmp_path):
             assert [*files(tmp_path)] == ["run/.part-1/last.pt"]  # a run has its own lock
@@ -801,16 +799,16 @@ def test_leftovers_of_killed_processes_are_cleared_away_under_the_lock(tmp_path)
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_parallel_map_keeps_the_order_and_is_lazy(threads):
-    begun = []
+    begun, errors = [], {5: data.UserError(), 50: ZeroDivisionError()}  # the first is a result
     def call(i):
         begun.append(i)
         time.sleep(0.05 * (i == 0))  # the first comes last
-        if i == 5:
-            raise data.UserError("five")
-        return i / (i != 50)
+        if i in errors:
+            raise errors[i]
+        return i
     results = data.parallel_map(call, range(100), threads)
     for i, result in zip(range(50), results):
-        assert str(result) == ("five" if i == 5 else str(float(i)))
+        assert result == errors.get(i, i)
         time.sleep(0.05 * (i == 0))  # time to run ahead
         assert len(begun) <= i + 1 + 4 * threads
     with pytest.raises(ZeroDivisionError):
@@ -844,9 +842,10 @@ def test_mask_overlay_and_panel():
     assert np.allclose(tint, 20 + 0.5 * (np.array(data.PALETTE[1]) - 20), atol=2)
     one, many = (data.panel(photo, "", {"truth": mask, "A": mask * (len(names) - 1)}, names)
                  for names in (TWO, ["ground", "one", "two"]))
-    assert many.width == one.width and many.height > one.height  # the legend
+    assert many.width == one.width and many.height > one.height  # the legend; the photo is first
+    assert one.getpixel((20, 40)) == many.getpixel((20, 40)) == (90, 90, 90)
     grid = np.asarray(data.image_grid([Image.new("RGB", (9, 9), c) for c in (RED, BLUE, RED)]))
-    assert [(grid == colour).all(axis=2).sum() for colour in (RED, BLUE)] == [162, 81]
+    assert [tuple(grid[y, x]) for y in (8, 25) for x in (8, 25)] == [RED, BLUE, RED, WHITE]
 
 def test_islands_go_and_holes_are_filled():
     rng = np.random.default_rng(0)
@@ -884,7 +883,7 @@ def test_alpha_of_a_large_photo_is_made_in_strips_that_fit():
 
 @pytest.mark.parametrize("strength, means, spreads", [
     ("brightness", (0.4, 0.6), (0.16, 0.24)), ("contrast", (0.5, 0.5), (0.16, 0.24)),
-    ("saturation", (0.4963, 0.5037), (0.16, 0.24))])
+    ("saturation", (0.4963, 0.5037), (0.16, 0.24))])  # about the gray of 0.5185
 def test_colours_change_by_their_strength(strength, means, spreads):
     images = torch.tensor([0.6, 0.5, 0.4]).view(1, 3, 1, 1).repeat(300, 1, 4, 4)
     images, _ = data.augment(images, images[:, 0], data.seeded_generator(1), **{strength: 0.2})
@@ -954,13 +953,14 @@ def assert_same_run(*folders):
 @pytest.fixture(scope="session")
 def trained(root):
     """The folders of three runs, to be read only: of each model, and of one that is halfway."""
-    words = ("--root", root, *TINY, *SHORT, "--epochs")
-    return {name: Path(answer("train", net, *words, n, "--out", f"{root}/{n}")["checkpoint"]).parent
-            for name, net, n in (("halfway", "unet", 1), *((net, net, 2) for net in petseg.MODELS))}
+    def train(model, epochs):
+        words = ("train", model, "--root", root, *TINY, *SHORT, "--epochs", epochs)
+        return Path(answer(*words, "--out", root / f"{epochs}")["checkpoint"]).parent
+    return {"halfway": train("unet", 1)} | {model: train(model, 2) for model in petseg.MODELS}
 
 @pytest.fixture
 def halfway(trained, root, tmp_path):
-    """The command that began a run of one epoch, and a copy of its folder, to be spoilt."""
+    """A copy of the run of one epoch, to be spoilt, and a command that goes on with it."""
     words = ("train", "unet", *TINY, *SHORT, "--root", root, "--out", tmp_path, "--name", "run")
     return words, shutil.copytree(trained["halfway"], tmp_path / "run")
 
@@ -1016,7 +1016,7 @@ OWN_DATA = {
                    [data.CITYSCAPES[i - 4] for i in data.CITYSCAPES_EVAL_IDS])}
 
 def make_own_data(folder, kind, n=20):
-    """Makes `n` labelled images of 40×32, all of a bright box; returns the labels of each."""
+    """Makes `n` labelled images of 40×32, all of a coloured box; returns the labels of each."""
     image_path, mask_path, values, classes, labels, _ = OWN_DATA[kind]
     box = np.zeros((32, 40), int)
     box[8:24, 4:16], box[8:24, 16:28] = 1, 2
@@ -1038,7 +1038,7 @@ def make_own_data(folder, kind, n=20):
 def test_own_data_from_training_to_masks(kind, options, tmp_path):
     folder, names, words = tmp_path / "own", OWN_DATA[kind][-1], ("--root", tmp_path, "--out")
     labels, metric = make_own_data(folder, kind), "dice" if len(names) == 2 else "mean_iou"
-    where = {"before": partial(become, "no fcntl, resource, affinity" * (kind == "splits"))}
+    where = {"before": partial(become, "no fcntl" if kind == "splits" else "")}
     result = answer("train", "--data", folder, *words, tmp_path / "runs", "--size", 32, "--width",
                     8, "--batch-size", 4, "--epochs", 3, "--repeat", 4, "--augment", "none",
                     *options.split(), **where)
@@ -1054,7 +1054,7 @@ def test_own_data_from_training_to_masks(kind, options, tmp_path):
     mask = Image.open(tmp_path / "one" / f"{row['output']}_mask.png")
     assert (mask.size, mask.mode) == ((40, 32), "L" if len(names) == 2 else "P")
     mask = np.asarray(mask) // (255 if len(names) == 2 else 1)
-    assert (mask == labels)[labels < 255].mean() > 0.6
+    assert all((mask == labels)[labels == c].mean() > 0.5 for c in {*labels.flat} - {255})
     for i, name in enumerate(names):
         assert float(row[f"fraction of {name}"]) == pytest.approx((mask == i).mean())
 
@@ -1068,9 +1068,9 @@ def test_the_random_split_stays_wherever_its_folder_lies(tmp_path):
     assert "or classes are not" in refused(*words, **here)
     make_own_data(tmp_path / "own", "two classes", 60)  # a new random split would be 6 and 6
     shutil.copytree(tmp_path / "own", tmp_path / "copy")
-    for words in ("own",), ("./own/", "--data", "./own/"), ("copy", "--data", "copy"):
-        result = answer("eval", "--ckpt", "runs/a", *words[1:], **here)
-        assert (result["images"], result["data"]) == (2, words[0])
+    for place, *options in ("own",), ("./own/", "--data", "./own/"), ("copy", "--data", "copy"):
+        result = answer("eval", "--ckpt", "runs/a", *options, **here)
+        assert result["images"] == 2 and result["data"] == place
 
 def test_scores_are_of_each_image_once_and_of_the_mean_of_four_views(trained, toys, tmp_path):
     split = data.open_split(data.scan_dataset(toys), "test", (64, 64), tmp_path)
@@ -1084,10 +1084,10 @@ def test_scores_are_of_each_image_once_and_of_the_mean_of_four_views(trained, to
     logits, mask, pet = predictor.logits(images), sum(views)[:, 0] >= 2, target == 1
     torch.testing.assert_close(logits.sigmoid(), sum(views) / 4, rtol=0, atol=1e-5)
     dices = (2 * (mask & pet).sum((1, 2)) / (mask.sum((1, 2)) + pet.sum((1, 2)))).tolist()
-    for predictor.config["batch_size"], name in (4, "bce"), (10, "dice"):
-        predictor.config["loss"], expected = name, layers.LOSSES[name](logits, target).item()
+    for batch_size, name in (4, "bce"), (10, "dice"):
+        predictor.config |= {"batch_size": batch_size, "loss": name}
         loss, confusion = petseg.evaluate(predictor, split)
-        assert loss == pytest.approx(expected, rel=1e-4)
+        assert loss == pytest.approx(layers.LOSSES[name](logits, target).item(), rel=1e-4)
         assert petseg.image_scores(confusion, TWO).tolist() == pytest.approx(dices, abs=2e-3)
     confusion = torch.tensor([[[3, 1, 0], [2, 4, 0], [0, 0, 0]], [[0, 0, 0]] * 3])
     assert petseg.image_scores(confusion, "abc").tolist() == pytest.approx([(3 / 6 + 4 / 7) / 2, 0])
@@ -1111,7 +1111,7 @@ def test_minutes_settle_the_epochs(root, tmp_path, monkeypatch):
     train_set, val_set = (data.CachedSplit([""] * n, None, None) for n in (20, 8))
     monkeypatch.setattr(time, "perf_counter", iter(range(99)).__next__)
     assert petseg.seconds_per_batch(lambda indices: indices, train_set, 4) == 1
-    for seconds, epochs in (100, 7), (104.5, 8), (9, 1):
+    for seconds, epochs in (100, 7), (108, 8), (9, 1):
         monkeypatch.setattr(petseg, "seconds_per_batch", lambda *_, t=iter((1, 2, 3, 4)): next(t))
         args = CONFIG | {"minutes": seconds / 60, "size": (64, 64)}, petseg.build_model(CONFIG)
         assert petseg.epochs_in_minutes(*args, train_set, val_set, 10) == epochs
@@ -1124,15 +1124,16 @@ def become(situation="", **environment):
     elif situation == "no right to write" and sys.platform == "linux":
         version, no_capabilities = (ctypes.c_uint * 2)(0x20080522), (ctypes.c_uint * 6)()
         assert ctypes.CDLL(None).capset(version, no_capabilities) == 0
-    elif situation == "no fcntl, resource, affinity":
-        sys.modules.update(fcntl=None, resource=None)
-        del os.sched_getaffinity
-        del sys.modules["petseg"], sys.modules["layers"], sys.modules["data"]
-    elif situation in ("Ctrl-C", "kill"):  # at the ninth mask, or at the 151st
-        colorize, masks = data.colorize_mask, iter(range(999))
-        last, signum = (8, signal.SIGINT) if situation == "Ctrl-C" else (150, signal.SIGKILL)
-        data.colorize_mask = lambda *args: colorize(*args) if next(masks) != last else os.kill(
-            os.getpid(), signum) or colorize(*args)
+    elif situation == "no fcntl":
+        sys.modules["fcntl"] = None
+    elif situation in ("Ctrl-C", "kill"):
+        colorize, numbers = data.colorize_mask, iter(range(1, 999))
+        last, signum = (9, signal.SIGINT) if situation == "Ctrl-C" else (151, signal.SIGKILL)
+        def colorize_until_last(*args):
+            if next(numbers) == last:
+                os.kill(os.getpid(), signum)
+            return colorize(*args)
+        data.colorize_mask = colorize_until_last
 
 def test_the_same_command_goes_on_or_says_finished(halfway, trained, root, tmp_path):
     words, folder = halfway
@@ -1155,7 +1156,7 @@ def test_the_same_command_goes_on_or_says_finished(halfway, trained, root, tmp_p
         said = run(*words, "--epochs", epochs, *threads).stderr
         assert ("not bit-exact" in said) == bool(threads) and not (folder / "train.json").exists()
 
-KILLS = int(os.environ.get("PETSEG_KILLS", 0))  # of the long soak; pytest -k kill runs it
+KILLS = int(os.environ.get("PETSEG_KILLS", 0))  # of the long soak; -k killed_at runs it
 KILLED = [
     "unet --dropout 0.3 --border random --grad-accum 2 --classes species --class-weights inverse",
     "resnet34_unet --precision bf16 --progressive 0.8 --schedule plateau --repeat 2 --grad-clip 0",
@@ -1215,7 +1216,7 @@ def test_damaged_files_and_failed_writes_lose_nothing(spoil, situation, expected
     words, folder = halfway
     spoil(folder / "last.pt")
     before = {name: content for name, content in files(folder).items() if ".pt" in name}
-    done = run(*words, "--epochs", 2, before=partial(become, situation), code=2 * bool(situation))
+    done = run(*words, "--epochs", 2, before=partial(become, situation), code=2 if situation else 0)
     folder.chmod(0o755)
     assert re.search(expected.format(folder), done.stderr)
     if situation:
@@ -1321,7 +1322,7 @@ def step_gradients(folder, number, processes):
     dist.init_process_group("gloo", store=store, rank=number, world_size=processes)
     petseg.RANK, petseg.WORLD_SIZE = number, processes
     model, split = model_and_split(0, 1, 0, 1)
-    model.register_buffer("mean", torch.tensor([2.0 * number + (processes == 1)]))  # always 1
+    model.register_buffer("mean", torch.tensor([2.0 * number + (processes == 1)]))  # mean: 1
     predictor = Namespace(config=CONFIG, threshold=0.5, logits=model, device=torch.device("cpu"))
     loss, confusion = petseg.evaluate(predictor, split)
     values = take_step(model, split, {"batch_size": 3, "grad_clip": 0}, [8, 1, 7, 2, 6, 3, 5], 1, 0)
@@ -1405,9 +1406,9 @@ def test_infer_takes_images_of_any_kind_and_names_the_broken(trained, pets, tmp_
     assert "could not be read: 3 of 16" in done.stderr and len(rows) == result["images"] == 13
     assert all(re.search(f"\n  .*{name}: ", done.stderr) for name in ("cut.jpg", "n.jpg", "ng.png"))
     assert all(re.search(f"warning: .*{sample.name}", done.stderr) for sample in damaged)
-    assert result["scored"] == 1 and ("no pet found in ./a b.png" in done.stderr) == any(
-        row["output"] == "a b" and row["left"] == "" for row in rows)
-    names = [*rf"-dash -dash-2 Cat cat-2 two\nlines \udcff {'x'*200} {'x'*200}-2".split(), "a b"]
+    assert result["scored"] == 1
+    names = ["-dash", "-dash-2", "Cat", "cat-2", "a b", r"two\nlines", r"\udcff", 200 * "x",
+             200 * "x" + "-2"]
     sizes = {path.stem: Image.open(path).size for path in photos} | dict.fromkeys(names, (300, 7))
     outputs = {"mask.png": "L", "overlay.jpg": "RGB", "cutout.png": "RGBA", "panel.jpg": "RGB"}
     assert {path.name for path in out.iterdir()} == {"predictions.csv"} | {
@@ -1445,7 +1446,7 @@ def test_infer_writes_one_file_or_stdout_on_a_background_and_cropped(trained, tm
     assert done.stdout == (tmp_path / "a.png").read_bytes() and len([*tmp_path.iterdir()]) == 2
     cut = Image.open(tmp_path / "a.png")
     assert cut.info["icc_profile"] == profile and cut.mode == "RGBA" and cut.size == (120, 80)
-    assert cut.getbbox() and not np.asarray(cut)[20:, 90:].any()  # what was transparent stays so
+    assert cut.getbbox() and not np.asarray(cut)[:, 90:].any()  # what was transparent stays so
     for options in "--background blur --crop", "", "--background lime":
         run(*words, folder / "cat.png", *options.split(), "--out", tmp_path / "b.jpg")
         images.append(Image.open(tmp_path / "b.jpg").copy())
@@ -1516,9 +1517,9 @@ def test_a_cutout_has_soft_edges_without_the_colour_behind(trained):
         cut = np.asarray(predictor.cutout(result)).astype(int)
         alpha = cut[..., 3] / 255
         assert cut.shape == (*size, 4) and np.abs(alpha - inside).mean() < 0.02
-        assert predictor(result).shape == (len(probs), *size)[len(probs) == 1:]
+        assert predictor(result).shape == (size if len(probs) == 1 else (len(probs), *size))
         soft = (alpha > 0.3) & (alpha < 0.7)
-        assert soft.sum() > 50 and (cut - photo[..., [0, 1, 2, 2]])[soft, 0].mean() > 20  # no blue
+        assert soft.sum() > 50 and (cut[soft, 0] - photo[soft, 0]).mean() > 20  # more red
         assert np.array_equal(cut[alpha == 1, :3], photo[alpha == 1]) and not cut[alpha == 0].any()
 
 def test_from_python(trained, toys, tmp_path):
@@ -1576,12 +1577,12 @@ def test_compare_keeps_runs_apart(trained, tmp_path):
     for row, folder in zip(answer(*words)["runs"], words[1:4], strict=True):
         assert row["test_dice"] == json.loads((folder / "test.json").read_text())["dice"]
         assert f"\n| {folder.name} " in (tmp_path / "a/table.md").read_text()
-        assert row["run"] == folder.name and row["parameters"] > 1000 < row["multiply_adds"]
+        assert row["run"] == folder.name and min(row["parameters"], row["multiply_adds"]) > 1000
         rows = read_rows(folder / "metrics.csv")
         assert row["best_val_dice"] == max(float(epoch["val_dice"]) for epoch in rows)
         assert 60 * row["minutes"] == pytest.approx(sum(float(epoch["seconds"]) for epoch in rows))
     assert sorted(files(tmp_path / "a")) == ["curves.png", "predictions.png", "table.md"]
-    assert Image.open(tmp_path / "a/predictions.png").height >= 8 * 160  # eight of ten images
+    assert Image.open(tmp_path / "a/predictions.png").height == 8 * (160 + 20 + 8 + 8)
     assert "looks like a file" in refused(*words[:-1], tmp_path / "a.png")
 
 def test_without_the_pets_auto_takes_the_toys(toys, tmp_path):
@@ -1590,8 +1591,7 @@ def test_without_the_pets_auto_takes_the_toys(toys, tmp_path):
     words = ("train", "unet", *TINY[2:], "--root", tmp_path, "--url", tmp_path.as_uri(), "--out",
              tmp_path, "--epochs", 1)
     assert "checksum" in refused(*words, "--data", "pets")
-    starts = [line[:4] for line in run(*words).stderr.splitlines()[:3]]
-    assert starts == ["warn", "!!! ", "!!! "]
+    assert "\n!!! What follows uses TOY PETS" in run(*words).stderr
     assert '"data": "toy"' in next(tmp_path.glob("toy-pets-unet-*/config.json")).read_text()
 
 def test_summary_and_bench(root):
@@ -1656,10 +1656,10 @@ def test_hostile_checkpoints_are_refused_at_once(trained, tmp_path):
 def test_no_bit_of_a_checkpoint_flips_unseen(trained, tmp_path):
     content, good = (trained["unet"] / "best.pt").read_bytes(), load(trained["unet"])
     rng, end = np.random.default_rng(0), len(content)
-    # anywhere, and in the archive's list of files: a tensor (is it compressed? a folder?), the last
-    tensor, last = (content.rindex(b"PK\x01\x02", 0, i) for i in (content.rindex(b"/data/9"), end))
-    places = [(tensor + 10, 3), (tensor + 38, 4)] + [(place, rng.integers(8)) for place in (
-        *rng.integers(end, size=40), *range(tensor, tensor + 60), *range(last, end))]
+    entry, last = (content.rindex(b"PK\x01\x02", 0, i) for i in (content.rindex(b"/data/9"), end))
+    places = [(entry + 10, 3), (entry + 38, 4)]  # a tensor "is compressed", "is a folder"
+    places += [(place, rng.integers(8)) for place in (  # anywhere, in its entry, in the last one
+        *rng.integers(end, size=40), *range(entry, entry + 60), *range(last, end))]
     for place, bit in places:
         flipped = bytearray(content)
         flipped[place] ^= 1 << bit
@@ -1676,7 +1676,7 @@ def test_no_bit_of_a_checkpoint_flips_unseen(trained, tmp_path):
     ("train unet {toys} --minutes 5 --epochs 3", "leave out --epochs"),
     ("train unet --augment swirl=1", "none, flip, full, strong.*rotate.*swirl"),
     ("train unet --data {folder}/own --root {folder}", "png holds(.|\n)*\n  64 0 128 class"),
-    ("train unet {toys} --size 32 --width 99999", "memory.*--width"),
+    ("train unet {toys} --size 32 --width 3000000", "memory.*--width"),
     ("train unet {toys} --init-from {run} --width 9", "of another model"),
     ("data check --root {folder}", "never fetched .*./run.sh data get"),
     ("train --resume {folder}", "has no last.pt.*--init-from"),
@@ -1695,6 +1695,6 @@ def test_what_a_user_gets_wrong(words, expected, trained, root, tmp_path):
     (tmp_path / "own" / "classes.txt").unlink()
     words = words.format(folder=tmp_path, run=trained["unet"], toys=f"--data toy --root {root}")
     out = () if words.startswith("data") or "--out" in words else ("--out", tmp_path / "out")
-    before = partial(become, PETSEG_PROGRAM="./run.sh", CUDA_VISIBLE_DEVICES="")
+    before = partial(become, PETSEG_PROGRAM="./run.sh")
     assert re.search(expected, refused(*words.split(), *out, before=before))
     assert not [*tmp_path.glob("out/*")]
