@@ -217,7 +217,7 @@ def open_image(path):
         raise ImageError(f"{path}: {(str(error) or repr(error)).partition(' <_io')[0]}") from None
 
 def read_image(path, size=None, mask_size=None):
-    """A photo as an RGB image at `size`, upright, or as stored if its mask is; a JPEG by draft."""
+    """A photo as an RGB image at `size`, upright, or as stored where its mask is."""
     with open_image(path) as image:
         raw_size = image.size[::-1]
         rotated = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5 and image.format != "TIFF"
@@ -226,7 +226,7 @@ def read_image(path, size=None, mask_size=None):
             raise UserError("{} is {}×{} pixels high and wide, its mask {}×{}; they must agree"
                             .format(path, *upright_size, *mask_size))
         if size:
-            image.draft("RGB", (2 * max(size), 2 * max(size)))
+            image.draft("RGB", (2 * max(size), 2 * max(size)))  # decodes a JPEG at 1/2 to 1/8
         if mask_size in (None, upright_size):  # else the mask is of the image as stored
             ImageOps.exif_transpose(image, in_place=True)
         image = to_photo(image)  # reads the pixels, while the file is open
@@ -443,7 +443,7 @@ def scan_image_and_mask_folders(folder, random_split):
     return Dataset(folder, layout, class_names, splits, {})
 
 def split_at_random(folder, layout, class_names, samples, random_split):
-    """A Dataset with 10% val and 10% test by a hash of names; a `random_split` of it is kept."""
+    """A Dataset with 10% val and 10% test by a hash of names, or by `random_split` if it fits."""
     if len(samples) < 3:
         raise UserError(f"{folder} has {len(samples)} labelled images; at least 3 are needed")
     drawn, n = sum((random_split or {}).values(), []), max(1, len(samples) // 10)

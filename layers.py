@@ -215,8 +215,8 @@ def bce_loss(logits, target, class_weights=None):
     return (loss * weight).sum() / weight.sum().clamp(min=1e-6)
 
 def dice_loss(logits, target, class_weights=None, smooth=1.0):
-    """1 − soft Dice, averaged over images and classes (V-Net, https://arxiv.org/abs/1606.04797, has
-    squares below). `class_weights` is not used.
+    """1 − soft Dice, averaged over images and classes (V-Net, https://arxiv.org/abs/1606.04797, but
+    without squares in the denominator). `class_weights` is not used.
 
     Dice = (2 Σ p y + s) / (Σ p + Σ y + s), summed over the pixels of an image that are not ignored;
     s = 1 makes an empty prediction of an empty mask right."""

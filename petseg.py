@@ -376,7 +376,7 @@ def pick_device(name):
     https://github.com/pytorch/pytorch/issues/175189 its GPU gets batch norm's gradients wrong."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("torch finds no CUDA GPU here; try --device cpu")
-    torch.backends.cudnn.deterministic = True  # the same seed, the same weights (not "bilinear")
+    torch.backends.cudnn.deterministic = True  # same seed, same weights; not with bilinear
     return torch.device(("cpu", "cuda")[torch.cuda.is_available()] if name == "auto" else name)
 
 def pick_precision(name, device):
