@@ -1282,7 +1282,7 @@ def test_init_from_takes_all_weights_but_a_head_of_other_classes(trained, root, 
     run("train", "--resume", folder, "--epochs", 2)
 
 def model_and_split(*labels):
-    """A convolution, and nine images of noise with labels drawn from these."""
+    """A convolution, and nine images of noise with labels drawn from these four."""
     torch.manual_seed(0)
     noise = np.random.default_rng(0).integers(0, 256, (9, 64, 64, 4)).astype(np.uint8)
     split = data.CachedSplit([*"abcdefghi"], noise[..., :3], np.uint8(labels)[noise[..., 3] // 64])
@@ -1292,14 +1292,14 @@ def take_step(model, split, config, indices, *args):
     """What a training step returns, and the gradients."""
     config = CONFIG | {"size": (64, 64), "epochs": 3, "progressive": 0} | config
     stay = Namespace(step=nothing, zero_grad=nothing)
-    sums = petseg.train_step(config, model, [stay], split, torch.tensor(indices), *args)
-    return *sums, model.weight.grad, model.bias.grad
+    result = petseg.train_step(config, model, [stay], split, torch.tensor(indices), *args)
+    return *result, model.weight.grad, model.bias.grad
 
 @pytest.mark.parametrize("change", [
     {"loss": "bce"}, {"loss": "dice"}, {"border": "ignore"}, {"border": "background"}, {"seed": 1},
     {"border": "random"}, {"augment": {}}, {"augment_prob": 0.5}, {"progressive": 1.0},
     {"precision": "bf16"}, {"grad_clip": 1e-3}, {"epoch": 2}, {"step": 1}, {"weights": [1.0, 5.0]}])
-def test_a_training_step_heeds(change):
+def test_a_training_step_heeds_its_options_and_seeds(change):
     def gradient(epoch=1, step=0, weights=(1.0, 1.0), **config):
         config = {"augment": {"shift": 0.9, "flip": 0.5}} | config
         return take_step(*model_and_split(0, 1, 129, 255), config, range(8), epoch, step,
