@@ -352,12 +352,12 @@ SCHEDULES = {"cosine": cosine, "constant": constant, "plateau": plateau,
 
 # ------------------------------------------------------------------------------------- optimizers
 def newton_schulz(matrices, steps=4, dtype=torch.float32):
-    """Orthogonalizes matrices with equal shorter sides: singular vectors stay, values over 0.006 of
+    """Orthogonalizes matrices with equal min(shape): singular vectors stay, values over 0.006 of
     the norm go to 0.7 to 1.2. A step is X ← (a I + b G + c G²) X, G = XXᵀ the Gram matrix."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = [x.shape[0] > x.shape[1] for x in matrices]  # transposed, so that G is small
     wide = [((x.mT if t else x) / (x.norm() + 1e-7)).to(dtype) for x, t in zip(matrices, tall)]
-    gram = torch.stack([x @ x.mT for x in wide])                     # (N, side, side)
+    gram = torch.stack([x @ x.mT for x in wide])                     # (N, n, n)
     identity = torch.eye(gram.shape[1], dtype=dtype, device=gram.device)
     product = identity.expand_as(gram)
     # on G alone, as P X has the Gram matrix P G P: half the time of multiplying X in each step. In
@@ -385,7 +385,7 @@ class Muon(torch.optim.Optimizer):
         # even and odd parameters take turns, with twice the learning rate: a step of ResNet34UNet
         # takes 7% less time (13% with bfloat16), of UNet 2%; the same val Dice (UNet −0.002)
         group["odd"] = 1 - group["odd"]
-        by_side = {}  # matrices with equal shorter sides are orthogonalized together
+        by_size = {}  # matrices with equal min(shape) are orthogonalized together
         for i, p in enumerate(group["params"]):
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -393,8 +393,8 @@ class Muon(torch.optim.Optimizer):
             if i % 2 == group["odd"]:
                 update = p.grad.add(buffer, alpha=group["momentum"])  # Nesterov
                 matrix = update.permute(0, 2, 3, 1).flatten(1)  # in the order of channels-last
-                by_side.setdefault(min(matrix.shape), []).append((p, matrix))
-        for params, matrices in (zip(*pairs) for pairs in by_side.values()):
+                by_size.setdefault(min(matrix.shape), []).append((p, matrix))
+        for params, matrices in (zip(*pairs) for pairs in by_size.values()):
             for p, update in zip(params, newton_schulz(matrices, dtype=self.dtype)):
                 lr, ratio = 2 * group["lr"], update.shape[0] / update.shape[1]
                 weight = p.mul_(1 - lr * group["weight_decay"]).permute(0, 2, 3, 1)

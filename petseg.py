@@ -581,7 +581,7 @@ def open_run(args, device):
             return folder, resolve_config(vars(args), device), None
 
     last = load_last(folder)
-    old, auto = last["config"], {"data": "auto", "precision": "auto"}  # typed again: no change
+    old, auto = last["config"], {"data": "auto", "precision": "auto"}  # as settled at the start
     changed = {name: value for name, value in vars(args).items()
                if name in DEFAULTS and value not in (None, old[name], auto.get(name))}
     for name in changed.keys() - RESUME_OVERRIDES:
@@ -937,8 +937,8 @@ def summary(args):
     config = resolve_config(vars(args), pick_device(args.device))
     rows, total = layer_table(config | {"class_names": ["background", "pet"]})
     about = {name: config[name] for name in ("model", "width", "size")}
-    whole = {"layer": args.model, "kind": f"width {config['width']}", "output": rows[-1]["output"]}
-    print_result(args, data.format_table([*rows, whole | total]), about | total | {"layers": rows})
+    model = {"layer": args.model, "kind": f"width {config['width']}", "output": rows[-1]["output"]}
+    print_result(args, data.format_table([*rows, model | total]), about | total | {"layers": rows})
 
 @torch.no_grad()
 def export(args):

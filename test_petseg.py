@@ -325,10 +325,10 @@ def test_guided_filter_against_slow_loops():
     (128, 0.85, [128]), (128, 1.0, [64, 128]), (128, 0.0, [128] * 3), (33, 1.0, [32, 32, 33]),
     (128, 0.75, [64] * 6 + [96] * 3 + [128] * 3)])
 def test_progressive_resizing(size, progressive, expected):
-    epochs, pixels = len(expected), [side**2 for side in expected]
+    epochs, pixels = len(expected), [n * n for n in expected]
     config = {"size": (size, size), "epochs": epochs, "progressive": progressive}
-    for epoch, side in enumerate(expected, 1):
-        assert layers.train_image_size(config, epoch) == (side, side)
+    for epoch, n in enumerate(expected, 1):
+        assert layers.train_image_size(config, epoch) == (n, n)
     assert layers.epoch_progress(config) == pytest.approx(
         [sum(pixels[:done]) / sum(pixels) for done in range(epochs + 1)])
 
@@ -1418,7 +1418,7 @@ def test_infer_takes_images_of_any_kind_and_names_the_broken(trained, pets, tmp_
         assert [image.mode for image in images] == [*outputs.values()]
         assert {image.size for image in images[:3]} == {sizes[row["output"]]}
         assert float(row["fraction of pet"]) == pytest.approx((np.asarray(images[0]) == 255).mean())
-        assert [row[side] for side in ("left", "top", "right", "bottom")] == [
+        assert [row[edge] for edge in ("left", "top", "right", "bottom")] == [
             *map(str, images[0].getbbox() or [""] * 4)]
         assert row["dice"] == (str(result["dice"]) if row["output"] == known.name else "")
         assert 0.5 <= float(row["confidence"]) <= 1
