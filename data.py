@@ -59,7 +59,7 @@ def open_split(dataset, split, size, root):
     samples = get_samples(dataset, split)
     stats = [os.access(p, os.R_OK) and os.stat(p) for s in samples for p in (s.image, s.mask)]
     facts = [[stat and (stat.st_size, stat.st_mtime_ns) for stat in stats], Image.MAX_IMAGE_PIXELS,
-             sorted(FORMATS), [(s.name, s.classes and [*s.classes.items()]) for s in samples]]
+             sorted(FORMATS), [(s.name, s.classes) for s in samples]]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     name = f"{dataset.folder.resolve().name}-{split}-{size[0]}x{size[1]}-{key}"
     path = Path(root) / "cache" / name
@@ -238,8 +238,10 @@ def to_photo(image):
     if isinstance(image, (str, Path)):
         return read_image(image)
     image = image if isinstance(image, Image.Image) else to_image(image)
-    profile = (image.info.get("icc_profile") or b"") * image.mode.startswith(("RGB", "P"))
-    alpha = image.info.get("alpha")  # of an image that was here before
+    profile = image.info.get("icc_profile")  # which may also be a text in a PNG, as may alpha
+    profile = profile if isinstance(profile, bytes) and image.mode.startswith(("RGB", "P")) else b""
+    alpha = image.info.get("alpha")  # of an image that was here before, unless it was cropped since
+    alpha = alpha if getattr(alpha, "size", None) == image.size else None
     if image.mode.startswith(("I", "F")):  # over 8 bits
         values = np.nan_to_num(np.array(image, dtype=np.float32), posinf=0, neginf=0).clip(0)
         image = to_image((values * (255 / white_level(image))).astype(np.uint8))
@@ -376,7 +378,7 @@ def scan_dataset(folder, classes=None, random_split=None):
         return scan_pets(folder, classes)
     if (folder / "leftImg8bit").is_dir() and classes in (None, "19", "30"):
         return scan_cityscapes(folder, classes)
-    if classes:
+    if classes in ("species", "30"):  # pet and 19 are the defaults of their layouts
         raise UserError(f"--classes {classes} needs another layout than that of {folder}")
     return scan_image_and_mask_folders(folder, random_split)
 
@@ -516,7 +518,7 @@ def find_images(paths):
     all_images = []
     for path in map(Path, paths):
         files = [path] if path.is_file() or str(path) == "-" else sorted(
-            p for p in path.rglob("*") if p.is_file() and p.name[0] != ".")
+            p for p in path.rglob("*") if p.is_file() and "/." not in f"/{p.relative_to(path)}")
         images = [p for p in files if p == path or p.suffix.lower() in SUFFIXES]
         if not images:
             raise UserError(f"there is no {path}, or no image in it")
@@ -668,8 +670,6 @@ def atomic_path(path):
     with tempfile.TemporaryDirectory(prefix=".part-", dir=path.parent) as temporary:
         new = Path(temporary) / "new"
         yield new
-        if new.is_dir() and path.exists():  # a file can be renamed onto another, a folder cannot
-            os.replace(path, Path(temporary) / "old")
         os.replace(new, path)
 
 def write_text(path, text):
@@ -863,7 +863,7 @@ def cutout(photo, alpha, foreground):
 
 def read_background(text):
     """What --background names: None, "blur", an image, or a colour as an image of one pixel."""
-    if text in (None, "blur"):
+    if text in (None, "blur") or isinstance(text, Image.Image):
         return text
     try:
         return read_image(text) if os.path.isfile(text) else Image.new("RGB", (1, 1), text)
@@ -872,12 +872,12 @@ def read_background(text):
 
 def finish_cutout(image, background=None, crop=False):
     """A cut-out on `background`, which is scaled to fit; `crop` cuts it to what it shows."""
-    result, box = image, crop and image.getchannel("A").point(lambda a: 255 * (a > 25)).getbbox()
+    result = image
     if background:
         result = ImageOps.fit(background, image.size)
         result.paste(image, mask=image)
         result.info = image.info
-    if box:
+    if crop and (box := image.getchannel("A").point(lambda a: 255 * (a > 25)).getbbox()):
         margin = max(box[2] - box[0], box[3] - box[1]) // 20
         box = np.add(box, [-margin, -margin, margin, margin]).clip(0, image.size * 2)
         result = result.crop(box.tolist())
@@ -939,7 +939,7 @@ def output_path(out, name, output):
     return out if is_file_name(out) else out / f"{name}_{output}{OUTPUTS[output]}"
 
 # ---------------------------------------------------------------------------------------- curves
-LINE_COLORS = [tuple(OKABE_ITO[i].tolist()) for i in (4, 0, 2, 5, 6, 1)]
+LINE_COLORS = [PALETTE[i] for i in (5, 1, 3, 6, 7, 2)]
 
 def draw_plot(draw, left, runs, quantity, metric):
     """Of each run a thin curve for train, a bold one for val, and a circle at the best epoch."""

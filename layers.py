@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 IGNORE_INDEX = 255  # pixels with this target are neither learned nor scored
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of --precision
 
 # ---------------------------------------------------------------------------------------- blocks
 class BatchNorm(nn.BatchNorm2d):
@@ -149,7 +150,8 @@ class UNet(EncoderDecoder):
 def residual_stage(in_channels, out_channels, blocks, stride):
     """`blocks` BasicBlocks in a row; the first one changes resolution and channels."""
     first = BasicBlock(in_channels, out_channels, stride)
-    return [first] + [BasicBlock(out_channels, out_channels) for _ in range(blocks - 1)]
+    others = [BasicBlock(out_channels, out_channels) for _ in range(blocks - 1)]
+    return nn.Sequential(first, *others)
 
 class ResNet34UNet(EncoderDecoder):
     """ResNet-34 without its classifier (He, Zhang, Ren, Sun 2015, https://arxiv.org/abs/1512.03385,
@@ -161,19 +163,18 @@ class ResNet34UNet(EncoderDecoder):
         encoder = [
             ConvBNReLU(in_channels, c1, kernel_size=7, stride=2),    # (B,  64, H/2,  W/2)
             nn.Sequential(pool, *residual_stage(c1, c1, 3, 1)),      # (B,  64, H/4,  W/4)
-            nn.Sequential(*residual_stage(c1, c2, 4, 2)),            # (B, 128, H/8,  W/8)
-            nn.Sequential(*residual_stage(c2, c3, 6, 2)),            # (B, 256, H/16, W/16)
-            nn.Sequential(*residual_stage(c3, c4, 3, 2)),            # (B, 512, H/32, W/32)
+            residual_stage(c1, c2, 4, 2),                            # (B, 128, H/8,  W/8)
+            residual_stage(c2, c3, 6, 2),                            # (B, 256, H/16, W/16)
+            residual_stage(c3, c4, 3, 2),                            # (B, 512, H/32, W/32)
         ]
-        out_channels = max(1, c1 // 2)
         decoder = [
             UpConcat(c4, c3, c3, upsample),                          # (B, 256, H/16, W/16)
             UpConcat(c3, c2, c2, upsample),                          # (B, 128, H/8,  W/8)
             UpConcat(c2, c1, c1, upsample),                          # (B,  64, H/4,  W/4)
             UpConcat(c1, c1, c1, upsample),                          # (B,  64, H/2,  W/2)
-            UpConcat(c1, 0, out_channels, upsample),                 # (B,  32, H,    W)
+            UpConcat(c1, 0, c1 // 2, upsample),                      # (B,  32, H,    W)
         ]
-        super().__init__(encoder, decoder, out_channels, classes, dropout)
+        super().__init__(encoder, decoder, c1 // 2, classes, dropout)
 
 MODELS = {"unet": UNet, "resnet34_unet": ResNet34UNet}
 
@@ -240,12 +241,13 @@ def class_weights(mode, frequencies):
     # CamVid, 28 passes over the data: mean IoU on val 0.660 with sqrt, 0.578 with none (a run each)
     auto = 0.5 if len(frequencies) > 2 else 0
     power = {"none": 0, "sqrt": 0.5, "inverse": 1, "auto": auto}[mode]
-    weights = torch.where(frequencies > 0, 1 / frequencies.clamp(min=1e-9) ** power, 0)
+    weights = torch.where(frequencies > 0, 1 / frequencies ** power, 0)
     return (weights / weights[frequencies > 0].mean()).float()
 
 # --------------------------------------------------------------------------------------- metrics
-def probs_to_mask(probs, threshold=0.5):
-    """Probabilities (B, C, H, W) to class indices (B, H, W): argmax, or p ≥ threshold if C = 1."""
+def logits_to_mask(logits, threshold=0.5):
+    """Logits (B, C, H, W) to class indices (B, H, W): argmax, or p ≥ threshold if C = 1."""
+    probs = probabilities(logits)
     if probs.shape[1] == 1:
         return (probs[:, 0] >= threshold).byte()
     return probs.argmax(dim=1).byte()
@@ -265,6 +267,10 @@ def dice_and_iou(confusion):
     empty = predicted + true == 0
     return ((2 * tp + empty) / (predicted + true + empty),
             (tp + empty) / (predicted + true - tp + empty))
+
+def score_names(class_names):
+    """The metrics that curves and tables show; the first one selects the best epoch."""
+    return ("dice", "iou") if len(class_names) == 2 else ("mean_iou", "mean_dice")
 
 def compute_metrics(confusion, class_names):
     """All metrics of a split, from the matrix of each image (N, C, C). Of two classes, `dice` and
@@ -309,12 +315,8 @@ def train_image_size(config, epoch):
 def epoch_progress(config):
     """For each epoch the fraction of the run's pixels that is done before it, and a final 1.0."""
     pixels = [math.prod(train_image_size(config, i + 1)) for i in range(config["epochs"])]
-    return [done / sum(pixels) for done in itertools.accumulate(pixels, initial=0)]
-
-def value_at(values, position):
-    """Linear interpolation: the value of a list at a position between two indices."""
-    i = int(position)
-    return values[i] + (values[i + 1] - values[i]) * (position - i)
+    done = [*itertools.accumulate(pixels, initial=0)]
+    return [each / done[-1] for each in done]
 
 # A schedule gives the learning rate from the config, the progress of the run in 0..1, and the val
 # scores of the epochs so far; it has no state to be saved.
@@ -351,18 +353,17 @@ SCHEDULES = {"cosine": cosine, "constant": constant, "plateau": plateau,
              "exponential": exponential, "inverse_sqrt": inverse_sqrt}
 
 # ------------------------------------------------------------------------------------- optimizers
-def newton_schulz(matrices, steps=4, dtype=torch.float32):
+def newton_schulz(matrices, dtype=torch.float32):
     """Orthogonalizes matrices with equal min(shape): singular vectors stay, values over 0.006 of
     the norm go to 0.7 to 1.2. A step is X ← (a I + b G + c G²) X, G = XXᵀ the Gram matrix."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = [x.shape[0] > x.shape[1] for x in matrices]  # transposed, so that G is small
     wide = [((x.mT if t else x) / (x.norm() + 1e-7)).to(dtype) for x, t in zip(matrices, tall)]
     gram = torch.stack([x @ x.mT for x in wide])                     # (N, n, n)
-    identity = torch.eye(gram.shape[1], dtype=dtype, device=gram.device)
-    product = identity.expand_as(gram)
+    product = identity = torch.eye(gram.shape[1], dtype=dtype, device=gram.device)
     # on G alone, as P X has the Gram matrix P G P: half the time of multiplying X in each step. In
     # bfloat16 rounding makes eigenvalues of G negative, and those grow: values up to 2.5, not 1.2
-    for _ in range(steps):
+    for _ in range(4):
         poly = a * identity + b * gram + c * gram @ gram
         gram, product = poly @ gram @ poly, poly @ product
     wide = [p @ x for p, x in zip(product, wide)]
@@ -374,9 +375,8 @@ class Muon(torch.optim.Optimizer):
     as in frequent ones. A convolution is a matrix (out_channels, kernel area · in_channels), in a
     transposed one they change places. UNet after 3 epochs: val Dice 0.873, AdamW 0.847."""
 
-    def __init__(self, params, weight_decay=0.0, momentum=0.95, dtype=torch.float32):
-        super().__init__(params, {"lr": 0.0, "weight_decay": weight_decay, "momentum": momentum,
-                                  "odd": 0})
+    def __init__(self, params, weight_decay=0.0, dtype=torch.float32):
+        super().__init__(params, dict(lr=0.0, weight_decay=weight_decay, momentum=0.95, odd=0))
         self.dtype = dtype  # bfloat16 takes 15% off a step of ResNet34UNet; UNet's Dice is the same
 
     @torch.no_grad()
@@ -411,8 +411,8 @@ def make_optimizers(model, config):
     body = [p for name, p in model.named_parameters() if not name.startswith("head.")]
     matrices = [p for p in body if p.dim() == 4]
     others = [p for p in body if p.dim() != 4] + [*model.head.parameters()]
-    dtype = torch.bfloat16 if config["precision"] == "bf16" else torch.float32
-    return [Muon([{"params": matrices, "lr_scale": 1}], config["weight_decay"], dtype=dtype),
+    return [Muon([{"params": matrices, "lr_scale": 1}], config["weight_decay"],
+                 dtype=DTYPES[config["precision"]]),
             torch.optim.AdamW([{"params": others, "lr_scale": 0.3}], fused=True, betas=(0.9, 0.99),
                               weight_decay=0.0)]
 

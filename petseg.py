@@ -128,14 +128,14 @@ def command_line():
             f"name resume device url {' '.join(OPTIONS)}", out="runs")(
         "model", nargs="?", choices=MODELS)
     command("eval", "score a split; per-breed table; gallery of the worst images",
-            f"ckpt {model} split", out=None)
+            f"ckpt {model} split out")
     command("infer", "masks, overlays, cut-outs of images, or of the test split",
             f"ckpt {model} save background crop skip_existing", out="predictions")(
         "images", nargs="*", metavar="IMAGE|FOLDER|-")
     command("compare", "curves of several runs, the same images by each, and a table",
             f"{model} split", out="comparison")("runs", nargs="+", metavar="RUN")
-    command("data", "fetch, verify, or draw the data", "data url max_pixels", root="data",
-            classes=None)("action", nargs="?", choices=("get", "check", "toy"), default="check")
+    command("data", "fetch, verify, or draw the data", "data url max_pixels classes",
+            root="data")("action", nargs="?", choices=("get", "check", "toy"), default="check")
     command("export", "a file for use with torch alone", "ckpt", out="model.pt2")
     command("summary", "a table of layers: shape, parameters, multiply-adds",
             "device size width upsample")("model", choices=MODELS)
@@ -200,7 +200,7 @@ def train_step(config, model, optimizers, train_set, indices, epoch, step, class
         # a mean over images: as in one large batch, but where pixels are ignored or weighted
         (loss * len(batch) / len(indices)).backward()
 
-        mask = layers.probs_to_mask(layers.probabilities(logits.detach()))
+        mask = layers.logits_to_mask(logits.detach())
         matrices = layers.confusion_matrix(mask, target, classes)
         dice, iou = (each[:, 1].sum() for each in layers.dice_and_iou(matrices))
         sums += torch.stack((loss.detach() * len(batch), sums.new_tensor(len(batch)), dice, iou))
@@ -212,7 +212,7 @@ def train_step(config, model, optimizers, train_set, indices, epoch, step, class
         if norm.isfinite():
             optimizer.step()
         optimizer.zero_grad()
-    return all_reduce(torch.where(norm.isfinite(), sums, 0)), all_reduce(confusion)
+    return [all_reduce(torch.where(norm.isfinite(), each, 0)) for each in (sums, confusion)]
 
 def train(args):
     """Trains a model, or goes on with a run; then scores the test split or, without one, val."""
@@ -244,13 +244,13 @@ def train(args):
     run = argparse.Namespace(  # where it stands
         epoch=1, step=0, seconds=0.0, history=[], val_scores=[], train_images=train_set.names,
         sums=torch.zeros(4), confusion=torch.zeros(2 * [len(dataset.class_names)]).long())
+    state = folder, run, config, model, ema_model, optimizers
     if RANK == 0 and data.take_lock(folder, wait=False) is None:
         raise UserError(f"another process is training in {folder}; stop it, or wait for its end")
     if last:
-        restore(run, config, model, ema_model, optimizers, last, folder)
+        restore(last, *state)
     run.sums, run.confusion = run.sums.to(device), run.confusion.to(device)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    state = folder, run, config, model, ema_model, optimizers
     log_start(folder, config, last, device)
     if run.epoch > config["epochs"]:
         log("it is finished; --epochs prolongs it, another --name begins a new run")
@@ -276,7 +276,8 @@ def train(args):
                     f"--resume {shlex.quote(str(folder))}")
                 raise SystemExit(128 + signum)
 
-            done = layers.value_at(epoch_starts, run.epoch - 1 + (step + 0.5) / len(steps))
+            done = float(np.interp(run.epoch - 1 + (step + 0.5) / len(steps),  # in epochs
+                                   range(len(epoch_starts)), epoch_starts))
             lr = layers.SCHEDULES[config["schedule"]](config, done, run.val_scores)
             for group in groups:
                 group["lr"] = lr * group["lr_scale"]
@@ -301,7 +302,7 @@ def train(args):
                 (folder / name).unlink(missing_ok=True)  # scores of fewer epochs
             data.write_csv(folder / "metrics.csv", run.history)
             data.draw_curves(folder / "curves.png", {folder.name: run.history},
-                             score_names(config["class_names"])[0])
+                             layers.score_names(config["class_names"])[0])
             draw_samples(folder / "samples.png", {"prediction": (predictor, val_set)},
                          torch.linspace(0, len(val_set.names) - 1, 8).int().unique())
         run.epoch, run.step, run.seconds = run.epoch + 1, 0, 0.0
@@ -327,7 +328,7 @@ def evaluate(predictor, split, class_weights=None):
         images, labels = data.get_batch(split, torch.arange(n)[shard], device)
         target, logits = eval_target(config, labels), predictor.logits(images)
         loss_sum += layers.LOSSES[config["loss"]](logits, target, class_weights) * len(images)
-        mask = layers.probs_to_mask(layers.probabilities(logits), predictor.threshold)
+        mask = layers.logits_to_mask(logits, predictor.threshold)
         confusion[shard] = layers.confusion_matrix(mask, target, classes)
     return float(all_reduce(loss_sum)) / n, all_reduce(confusion).cpu()
 
@@ -349,7 +350,7 @@ def epochs_in_minutes(config, model, train_set, val_set, n_test):
     image_time = seconds_per_batch(lambda i: predictor.logits(data.get_batch(
         val_set, i, predictor.device)[0]), val_set, batch) / batch / WORLD_SIZE
     steps = math.ceil(len(train_set.names) * config["repeat"] / images)
-    val_time = len(val_set.names) * image_time / 4 + 1  # a second for curves and files
+    val_time = len(val_set.names) * image_time / len(TTA_VIEWS) + 1  # a second for curves and files
 
     def duration(epochs):
         sizes = [layers.train_image_size(config | {"epochs": epochs}, e + 1) for e in range(epochs)]
@@ -369,15 +370,13 @@ def seconds_per_batch(work, split, batch_size):
         times.append(time.perf_counter())
     return (times[-1] - times[2]) / 12
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
 def pick_device(name):
     """The device of this name; auto is a CUDA GPU where there is one. A Mac computes on its CPU: by
     https://github.com/pytorch/pytorch/issues/175189 its GPU gets batch norm's gradients wrong."""
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("torch finds no CUDA GPU here; try --device cpu")
     torch.backends.cudnn.deterministic = True  # same seed, same weights; not with bilinear
-    return torch.device(("cpu", "cuda")[torch.cuda.is_available()] if name == "auto" else name)
+    return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
 def pick_precision(name, device):
     """"bf16" or "fp32"; auto is bfloat16 where the hardware multiplies it faster."""
@@ -418,7 +417,7 @@ def build_model(config, device="cpu"):
     return model.to(memory_format=torch.channels_last)
 
 # (scale, flipped): the flip gains 0.003 to 0.005 of val Dice (14 runs), the scales up to 0.003 (9)
-TTA_VIEWS = ((1, True), (0.75, False), (1.25, True))
+TTA_VIEWS = ((1, False), (1, True), (0.75, False), (1.25, True))
 
 # probs (C, h, w) at the model's size; mask (H, W): class indices; clean: probs without islands
 Segmentation = namedtuple("Segmentation", "photo probs mask clean")
@@ -428,24 +427,22 @@ class Predictor:
 
     def __init__(self, model, config, threshold=0.5, tta=True):
         self.config, self.threshold, self.tta = config, threshold, tta
-        self.device, self.dtype = model.head.weight.device, DTYPES[config["precision"]]
+        self.device, self.dtype = model.head.weight.device, layers.DTYPES[config["precision"]]
         self.model = layers.fuse_conv_bn(model, self.dtype)
 
     @torch.inference_mode()
     def logits(self, images):
         """Images (B, 3, H, W) in 0..1 to logits; with `tta` those of the mean probabilities."""
         x = data.normalize(images)
-        logits, size = self.model(x.to(self.dtype)).float(), x.shape[2:]
         if not self.tta:
-            return logits
-        probs = layers.probabilities(logits)
+            return self.model(x.to(self.dtype)).float()
+        size, mean = x.shape[2:], 0
         for scale, flipped in TTA_VIEWS:
-            view = F.interpolate(x.flip(3) if flipped else x, layers.scale_size(tuple(size), scale),
+            view = F.interpolate(x.flip(3) if flipped else x, layers.scale_size(size, scale),
                                  mode="bilinear", antialias=scale < 1)
             view = layers.probabilities(self.model(view.to(self.dtype)).float())
             view = F.interpolate(view, size, mode="bilinear")
-            probs += view.flip(3) if flipped else view
-        mean = probs / (1 + len(TTA_VIEWS))
+            mean += (view.flip(3) if flipped else view) / len(TTA_VIEWS)
         return mean.logit(eps=1e-6) if mean.shape[1] == 1 else mean.clamp(min=1e-6).log()
 
     def __call__(self, photo):
@@ -478,7 +475,7 @@ class Predictor:
         return data.overlay(result.photo, mask, self.config["class_names"])
 
     def cutout(self, photo, background=None, crop=False):
-        """The foreground with a soft edge (docs/cutouts.md): RGBA, or RGB on an image or "blur"."""
+        """The foreground with a soft edge (docs/cutouts.md): RGBA, or RGB on a background."""
         photo, *_, clean = self.segment(photo)
         threshold, names = self.threshold, self.config["class_names"]
         scale = min(1, 96 / max(photo.size))
@@ -486,7 +483,8 @@ class Predictor:
         image = torch.from_numpy(data.resize(photo, size)).permute(2, 0, 1) / 255
         foreground = clean[0] if len(clean) == 1 else 1 - clean[0]  # of several, all but class 0
         p = torch.from_numpy(data.resize(foreground, size))[None]
-        if self.config["border"] == "foreground" and names[1:] in (["pet"], ["cat", "dog"]):
+        pets = [n for n in names[1:] if n != "border"] in (["pet"], ["cat", "dog"])
+        if pets and self.config["border"] in ("foreground", "class"):
             # the network has learned to keep a trimap's border: erode, from its rim to its middle
             p, threshold = -F.max_pool2d(-p, 5, 1, 2), 0.65 * threshold
         a, b = layers.guided_filter(image, p, radius=2).split((3, 1))
@@ -496,6 +494,7 @@ class Predictor:
         # where a pixel is a mixture, the colour of the foreground is that of its opaque neighbours
         opacity = torch.from_numpy(data.resize(alpha, size))[None] / 255
         cut = data.cutout(photo, alpha, weighted_mean(image, opacity**4, 2))
+        background = data.read_background(background)
         if background == "blur":
             background = data.to_image(weighted_mean(image, (1 - opacity)**4, 16))
         return data.finish_cutout(cut, background, crop)
@@ -512,7 +511,7 @@ def finish_epoch(folder, run, config, lr, val_loss, val_confusion):
     loss, n, dice, iou = run.sums.tolist()
     if not (n and math.isfinite(val_loss)):
         raise UserError(DIVERGED.format("the loss is not finite", run.epoch, folder))
-    names, (metric, other) = config["class_names"], score_names(config["class_names"])
+    names, (metric, other) = config["class_names"], layers.score_names(config["class_names"])
     train = layers.compute_metrics(run.confusion.cpu()[None], names) | {
         "loss": loss / n, "dice": dice / n, "iou": iou / n}
     val = layers.compute_metrics(val_confusion, names) | {"loss": val_loss}
@@ -529,13 +528,9 @@ def finish_epoch(folder, run, config, lr, val_loss, val_confusion):
         f"{' *' if best else ''}  {run.seconds:.0f} s  {n / run.seconds:.0f} images/s")
     return best
 
-def score_names(class_names):
-    """The metrics that curves and tables show; the first one selects the best epoch."""
-    return ("dice", "iou") if len(class_names) == 2 else ("mean_iou", "mean_dice")
-
 def image_scores(confusion, class_names):
     """The main metric of each image alone."""
-    metric = score_names(class_names)[0]
+    metric = layers.score_names(class_names)[0]
     return torch.tensor([layers.compute_metrics(c[None], class_names)[metric] for c in confusion])
 
 def draw_samples(path, models, indices):
@@ -544,8 +539,8 @@ def draw_samples(path, models, indices):
     for name, (predictor, split) in models.items():
         config, names = predictor.config, predictor.config["class_names"]
         images, labels = data.get_batch(split, indices, predictor.device)
-        target, probs = eval_target(config, labels), layers.probabilities(predictor.logits(images))
-        mask = layers.probs_to_mask(probs, predictor.threshold)
+        target = eval_target(config, labels)
+        mask = layers.logits_to_mask(predictor.logits(images), predictor.threshold)
         scores = image_scores(layers.confusion_matrix(mask, target, len(names)), names)
         for tiles, truth, prediction, score in zip(rows, target.cpu(), mask.cpu(), scores):
             tiles |= {"ground truth": truth.numpy(), f"{name}: {score:.3f}": prediction.numpy()}
@@ -640,7 +635,7 @@ def load_checkpoint(path, kind="best.pt"):
     must be right, its config that of a model, its weights finite and those of that model."""
     path = Path(path) / kind if Path(path).is_dir() else Path(path)
     if not path.is_file():
-        raise UserError(f"there is no {path}" + "; epoch 1 makes it" * (path.name == "best.pt"))
+        raise UserError(f"there is no {path}" + "; an epoch makes it" * (path.name == "best.pt"))
     path.open("rb").close()  # else a lack of permission would pass for damage
     try:
         with zipfile.ZipFile(path) as file:
@@ -671,9 +666,9 @@ def save_last(folder, run, config, model, ema_model, optimizers):
         raise UserError(DIVERGED.format("the weights are not finite", run.epoch, folder))
     if RANK == 0:
         data.write_text(folder / "config.json", json.dumps(config, indent=2))
-        state = {"model": model.state_dict(), "ema": ema_model.state_dict(),
+        state = {"config": config, "model": model.state_dict(), "ema": ema_model.state_dict(),
                  "optimizers": [optimizer.state_dict() for optimizer in optimizers], **vars(run)}
-        save_checkpoint(folder / "last.pt", {"config": config, **state}, folder / "previous.pt")
+        save_checkpoint(folder / "last.pt", state, folder / "previous.pt")
     return time.monotonic()
 
 def load_last(folder):
@@ -686,7 +681,7 @@ def load_last(folder):
     raise UserError(f"{folder} has no last.pt that can be used; begin anew with another --name; if "
                     f"there is a best.pt, from its weights: --init-from {folder}/best.pt")
 
-def restore(run, config, model, ema_model, optimizers, last, folder):
+def restore(last, folder, run, config, model, ema_model, optimizers):
     """Puts what a last.pt holds into a run."""
     here = run.train_images, config["class_names"]
     if (last["train_images"], last["config"]["class_names"]) != here:
@@ -743,8 +738,9 @@ def score_split(args):
     names, (_, confusion) = predictor.config["class_names"], evaluate(predictor, split)
     total = {"split": args.split, **layers.compute_metrics(confusion, names)}
     kind, rows = "classes", total.pop("classes", [])
-    if names == ["background", "pet"]:
-        kind, breed_of = "breeds", np.array([name.rpartition("_")[0] for name in split.names])
+    breed_of = np.array([data.escape_nonprintable(n).rpartition("_")[0] for n in split.names])
+    if names == ["background", "pet"] and all(breed_of):  # images are named as those of the pets
+        kind = "breeds"
         rows = [{"breed": breed, **layers.compute_metrics(confusion[breed_of == breed], names)}
                 for breed in np.unique(breed_of).tolist()]
     result = total | {"checkpoint": str(args.ckpt), "data": predictor.config["data"],
@@ -752,7 +748,7 @@ def score_split(args):
     # the usual scores of a run go into its folder; others are never written over
     run = args.ckpt.parent if args.ckpt.name == "best.pt" else args.ckpt
     usual = run.is_dir() and not args.data and args.tta and args.threshold == 0.5
-    stamp = f"{run.resolve().name.removesuffix('.pt')}-{datetime.now():%Y%m%d-%H%M%S}"
+    stamp = f"{run.resolve().name.removesuffix('.pt')}-{datetime.now():%Y%m%d-%H%M%S-%f}"
     prefix = Path(args.out or (run if usual else Path("evaluation", stamp)), args.split)
     if RANK == 0:
         draw_samples(f"{prefix}-worst.png", {"prediction": (predictor, split)},
@@ -766,15 +762,15 @@ def score_split(args):
 
 def segment_images(predictor, samples, outputs, out, background, crop):
     """Segments a batch of images and writes them; {name: row of predictions.csv, or its error}."""
-    names, rows, read = predictor.config["class_names"], {}, {}
+    names, rows, read = predictor.config["class_names"], {}, []
     for sample in samples:
         try:
-            path = data.escape_nonprintable(str(sample.image))
-            read[sample.name] = *data.read_sample(sample), path
+            read.append((sample, *data.read_sample(sample)))
         except data.ImageError as error:
             rows[sample.name] = error
-    results = predictor.segment_batch([photo for photo, *_ in read.values()])
-    for (name, (_, labels, path)), result in zip(read.items(), results):
+    results = predictor.segment_batch([photo for _, photo, _ in read])
+    for (sample, _, labels), result in zip(read, results):
+        name, path = sample.name, data.escape_nonprintable(str(sample.image))
         mask, tiles, metrics = result.mask, {"prediction": result.mask}, {}
         if labels is not None:
             target = eval_target(predictor.config, torch.from_numpy(labels)[None])
@@ -794,7 +790,7 @@ def segment_images(predictor, samples, outputs, out, background, crop):
                       **{f"fraction of {c}": n / mask.size for c, n in zip(names, counts)},
                       **dict(zip(("left", "top", "right", "bottom"), box or ("",) * 4)),
                       "confidence": float(probs.max(axis=0).mean()),
-                      **{metric: metrics[metric] for metric in score_names(names) if metrics}}
+                      **{m: metrics[m] for m in layers.score_names(names) if metrics}}
     return rows
 
 def infer_outputs(args, out):
@@ -832,6 +828,10 @@ def infer(args):
             and old[s.name]["file"] == data.escape_nonprintable(str(s.image))
             and all(data.output_path(out, s.name, output).is_file() for output in outputs)}
     todo = [s for s in samples if s.name not in rows]
+    for sample in todo:
+        old.pop(sample.name, None)
+    if table.is_file():  # the files of `todo` change from now on, and a kill may come
+        data.write_csv(table, old.values())
 
     # each thread takes batches of four: UNet needs 20 ms a photo instead of 30 (bfloat16, Xeon)
     threads, failed = torch.get_num_threads(), []
@@ -854,7 +854,7 @@ def infer(args):
 
     result = {"out": str(out), "images": len(names) - len(failed),
               "skipped": len(names) - len(todo), "failed": len(failed)}
-    for name in score_names(classes):
+    for name in layers.score_names(classes):
         if scores := [float(row[name]) for row in rows.values() if row.get(name, "") != ""]:
             result |= {"scored": len(scores), name: sum(scores) / len(scores)}
     written = data.output_path(out, names[0], outputs[-1]) if len(rows) == len(names) == 1 else out
@@ -873,17 +873,17 @@ def compare(args):
         last, models[run] = load_checkpoint(folder, "last.pt"), load_with_split(args, folder)
         config, histories[run] = last["config"], last["history"]
         names, (_, confusion) = config["class_names"], evaluate(*models[run])
-        metric, metrics = score_names(names)[0], layers.compute_metrics(confusion, names)
+        metric, metrics = layers.score_names(names)[0], layers.compute_metrics(confusion, names)
         scores.append(image_scores(confusion, names))
         rows.append({
             "run": run, "model": config["model"], "width": config["width"],
             **layer_table(config)[1], "size": "×".join(map(str, config["size"])),
             "epochs": len(histories[run]), "data": Path(config["data"]).name,
             f"best_val_{metric}": max(row[f"val_{metric}"] for row in histories[run]),
-            **{f"{args.split}_{name}": metrics[name] for name in score_names(names)},
+            **{f"{args.split}_{name}": metrics[name] for name in layers.score_names(names)},
             "minutes": sum(row["seconds"] for row in histories[run]) / 60,
             "machine": f"{config['device']}, {config['processes']} × {config['threads']} threads"})
-    if len({(*m.config["class_names"], *split.names) for m, split in models.values()}) > 1:
+    if len({(*m.config["class_names"][2:], *split.names) for m, split in models.values()}) > 1:
         raise UserError("these runs do not compare: images or classes differ; maybe --data FOLDER")
     spread, mean = torch.var_mean(torch.stack(scores), dim=0, correction=0)
     others = torch.tensor([0, 3, 6, 1, 4, 7, 2, 5]) * (len(mean) - 1) // 7  # far apart
@@ -897,8 +897,8 @@ def compare(args):
 def manage_data(args):
     """Downloads the pets or draws the toys, if asked; reads all and says what is wrong."""
     choice = {"get": "pets", "toy": "toy"}.get(args.action, args.data or "auto")
-    fetched = choice not in ("auto", "pets") or any(Path(args.root, data.PETS).glob("*/*"))
-    if args.action == "check" and not fetched:
+    fetched = any(Path(args.root, data.PETS).glob("*/*"))
+    if args.action == "check" and choice in ("auto", "pets") and not fetched:
         raise UserError(f"the pets were never fetched into {args.root}; {PROGRAM} data get does it")
     dataset = load_dataset(DEFAULTS | vars(args) | {"data": choice}, args.url)
     errors, notes, fractions = data.verify(dataset)
@@ -975,9 +975,9 @@ def bench(args):
     if args.baseline:  # what one usually writes: fp32, with torch's own layers and memory layout
         config["precision"] = "fp32"
         model.to(memory_format=torch.contiguous_format)
-        data.get_batch, layers.fuse_conv_bn = read_batch, lambda model, dtype: model.eval()
+        data.get_batch, layers.fuse_conv_bn = read_batch, lambda m, _: copy.deepcopy(m).eval()
         layers.TransposedConv.forward = torch.nn.ConvTranspose2d.forward
-    predictor = Predictor(copy.deepcopy(model), config, tta=False)
+    predictor = Predictor(model, config, tta=False)
     optimizers, epoch = layers.make_optimizers(model, config), config["epochs"]  # at full size
     works = {"train": lambda i: train_step(config, model, optimizers, split, i, epoch, 0)[0],
              "infer": lambda i: predictor.logits(data.get_batch(split, i, device)[0])}
