@@ -369,20 +369,21 @@ Dataset = namedtuple("Dataset", "folder layout class_names splits random_split")
 # splits: {"train": [Sample, ...], "val": ..., and maybe "test": ...}; random_split: {"val": names,
 # "test": names} where we drew it, {} where the folder says
 
-def scan_dataset(folder, classes=None, random_split=None):
+def scan_dataset(folder, classes=None, random_split=None, border_class=False):
     """Finds a folder's layout and its samples. A new layout is a function like `scan_pets`."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; name one with --data")
     if (folder / "annotations/trimaps").is_dir() and classes in (None, "pet", "species"):
-        return scan_pets(folder, classes)
-    if (folder / "leftImg8bit").is_dir() and classes in (None, "19", "30"):
+        return scan_pets(folder, classes, border_class)
+    if (folder / "leftImg8bit").is_dir() and classes in (None, "19", "30") and not border_class:
         return scan_cityscapes(folder, classes)
-    if classes in ("species", "30"):  # pet and 19 are the defaults of their layouts
-        raise UserError(f"--classes {classes} needs another layout than that of {folder}")
+    if classes in ("species", "30") or border_class:
+        raise UserError("--classes species and --border class need the layout of the pets, "
+                        f"--classes 30 that of Cityscapes; {folder} has another")
     return scan_image_and_mask_folders(folder, random_split)
 
-def scan_pets(folder, classes):
+def scan_pets(folder, classes, border_class):
     """The layout of the Oxford-IIIT Pets. Every tenth line of trainval.txt, the first included, is
     val, the others are train; nothing is shuffled, so that the split is the same everywhere."""
     def read_list(path):  # of lines NAME, or NAME BREED SPECIES
@@ -402,6 +403,7 @@ def scan_pets(folder, classes):
     if (folder / "annotations" / "test.txt").is_file():
         splits["test"] = list(read_list(folder / "annotations" / "test.txt"))
     names = ["background", *(["cat", "dog"] if classes == "species" else ["pet"])]
+    names += ["border"] * border_class
     return Dataset(folder, "the layout of the pets", names, splits, {})
 
 def scan_cityscapes(folder, classes):
@@ -514,8 +516,7 @@ def read_classes(folder):
     return classes | {value: label_of[name] for value, name in name_of.items()}, names
 
 def find_images(paths):
-    """Files as they are, and of folders all images but hidden ones, sorted, not through links."""
-    all_images = []
+    """Yields files, and all images of folders but hidden ones, sorted, not through links."""
     for path in map(Path, paths):
         files = [path] if path.is_file() or str(path) == "-" else sorted(
             p for p in path.rglob("*") if p.is_file() and "/." not in f"/{p.relative_to(path)}")
@@ -524,8 +525,7 @@ def find_images(paths):
             raise UserError(f"there is no {path}, or no image in it")
         if len(images) < len(files):
             warnings.warn(f"{path} holds files that are no images: {len(files) - len(images)}")
-        all_images += images
-    return all_images
+        yield from images
 
 def find_ground_truth(image):
     """The trimap of a photo that lies in a folder of the pets, or None."""

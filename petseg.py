@@ -120,28 +120,28 @@ def command_line():
             how = ({"action": argparse.BooleanOptionalAction} if kind is bool else
                    {"choices": kind} if isinstance(kind, tuple) else {"type": kind})
             sub.add_argument(f"--{option.replace('_', '-')}", default=default, help=help, **how)
-        return sub.add_argument
+        return sub
 
     machine = "device threads precision url max_pixels"
     model = f"threshold tta {machine} data root"
     command("train", "train from scratch, score the test split, draw the curves",
-            f"name resume device url {' '.join(OPTIONS)}", out="runs")(
-        "model", nargs="?", choices=MODELS)
+            f"name resume device url {' '.join(OPTIONS)}", out="runs"
+            ).add_argument("model", nargs="?", choices=MODELS)
     command("eval", "score a split; per-breed table; gallery of the worst images",
             f"ckpt {model} split out")
     command("infer", "masks, overlays, cut-outs of images, or of the test split",
-            f"ckpt {model} save background crop skip_existing", out="predictions")(
-        "images", nargs="*", metavar="IMAGE|FOLDER|-")
+            f"ckpt {model} save background crop skip_existing", out="predictions"
+            ).add_argument("images", nargs="*", metavar="IMAGE|FOLDER|-")
     command("compare", "curves of several runs, the same images by each, and a table",
-            f"{model} split", out="comparison")("runs", nargs="+", metavar="RUN")
-    command("data", "fetch, verify, or draw the data", "data url max_pixels classes",
-            root="data")("action", nargs="?", choices=("get", "check", "toy"), default="check")
+            f"{model} split", out="comparison").add_argument("runs", nargs="+", metavar="RUN")
+    command("data", "fetch, verify, or draw the data", "data url max_pixels classes", root="data"
+            ).add_argument("action", nargs="?", choices=("get", "check", "toy"), default="check")
     command("export", "a file for use with torch alone", "ckpt", out="model.pt2")
     command("summary", "a table of layers: shape, parameters, multiply-adds",
-            "device size width upsample")("model", choices=MODELS)
+            "device size width upsample").add_argument("model", choices=MODELS)
     command("bench", "images per second, peak memory; of the plain loop: --baseline",
-            f"{machine} size width batch_size grad_checkpoint baseline", data="toy", root="data")(
-        "model", choices=MODELS)
+            f"{machine} size width batch_size grad_checkpoint baseline", data="toy", root="data"
+            ).add_argument("model", choices=MODELS)
     return parser
 
 # parsed before torch is imported, which takes a second: --help and errors of usage come at once
@@ -385,13 +385,11 @@ def pick_precision(name, device):
     return ("bf16" if fast else "fp32") if name in (None, "auto") else name
 
 def load_dataset(config, url):
-    """The dataset of a config; the border is a class of its own where the config says so."""
+    """The dataset of a config."""
     data.set_max_pixels(config["max_pixels"])
     folder = data.find_data(config["data"], config["root"], url)
-    dataset = data.scan_dataset(folder, config["classes"], config.get("random_split"))
-    if config["border"] == "class":
-        dataset.class_names.append("border")
-    return dataset
+    return data.scan_dataset(folder, config["classes"], config.get("random_split"),
+                             border_class=config["border"] == "class")
 
 def class_frequencies(dataset, split, config):
     """The fraction of each class in the pixels of a split; logs what the dataset is."""

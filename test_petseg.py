@@ -1676,6 +1676,7 @@ def test_no_bit_of_a_checkpoint_flips_unseen(trained, tmp_path):
     ("train unet {toys} --minutes 5 --epochs 3", "leave out --epochs"),
     ("train unet --augment swirl=1", "none, flip, full, strong.*rotate.*swirl"),
     ("train unet --data {folder}/own --root {folder}", "png holds(.|\n)*\n  64 0 128 class"),
+    ("train unet --data {folder}/own --border class", "need the layout of the pets"),
     ("train unet {toys} --size 32 --width 3000000", "memory.*--width"),
     ("train unet {toys} --init-from {run} --width 9", "of another model"),
     ("data check --root {folder}", "never fetched .*./run.sh data get"),
@@ -1695,6 +1696,5 @@ def test_what_a_user_gets_wrong(words, expected, trained, root, tmp_path):
     (tmp_path / "own" / "classes.txt").unlink()
     words = words.format(folder=tmp_path, run=trained["unet"], toys=f"--data toy --root {root}")
     out = () if words.startswith("data") or "--out" in words else ("--out", tmp_path / "out")
-    before = partial(become, PETSEG_PROGRAM="./run.sh")
-    assert re.search(expected, refused(*words.split(), *out, before=before))
-    assert not [*tmp_path.glob("out/*")]
+    said = refused(*words.split(), *out, before=partial(become, PETSEG_PROGRAM="./run.sh"))
+    assert re.search(expected, said) and not [*tmp_path.glob("out/*")]
