@@ -59,7 +59,7 @@ OPTIONS = {
     "width": (None, number(int, 8), "channels of the first level: 64 on a GPU, else 16 or 32"),
     "upsample": ("transpose", ("transpose", "bilinear"), "how the decoder upsamples"),
     "init_from": (None, str, "a best.pt to start from, instead of random weights"),
-    "dropout": (0.0, FRACTION, "at the bottom of the U"),
+    "dropout": (0.0, FRACTION, "at the bottleneck"),
     "loss": ("bce_dice", ("bce_dice", "bce", "dice"), "the loss"),
     "optimizer": ("muon", ("muon", "adamw", "adam"), "the optimizer"),
     "lr": (None, AMOUNT, "peak learning rate: 0.02 for muon, else 0.004"),
@@ -866,13 +866,15 @@ def compare(args):
     out, folders = Path(args.out), [Path(folder).resolve() for folder in args.runs]
     if out.suffix:
         raise UserError(f"{out} looks like a file; --out names a folder, such as comparison")
-    histories, models, scores, rows = {}, {}, [], []
+    histories, models, scores, rows, compared = {}, {}, [], [], set()
     for folder, run in zip(folders, data.unique_names([folder.name for folder in folders])):
         last, models[run] = load_checkpoint(folder, "last.pt"), load_with_split(args, folder)
         config, histories[run] = last["config"], last["history"]
         names, (_, confusion) = config["class_names"], evaluate(*models[run])
         metric, metrics = layers.score_names(names)[0], layers.compute_metrics(confusion, names)
         scores.append(image_scores(confusion, names))
+        # two classes may have any names
+        compared.add((*(names if len(names) > 2 else ()), *models[run][1].names))
         rows.append({
             "run": run, "model": config["model"], "width": config["width"],
             **layer_table(config)[1], "size": "×".join(map(str, config["size"])),
@@ -881,7 +883,7 @@ def compare(args):
             **{f"{args.split}_{name}": metrics[name] for name in layers.score_names(names)},
             "minutes": sum(row["seconds"] for row in histories[run]) / 60,
             "machine": f"{config['device']}, {config['processes']} × {config['threads']} threads"})
-    if len({(*m.config["class_names"][2:], *split.names) for m, split in models.values()}) > 1:
+    if len(compared) > 1:
         raise UserError("these runs do not compare: images or classes differ; maybe --data FOLDER")
     spread, mean = torch.var_mean(torch.stack(scores), dim=0, correction=0)
     others = torch.tensor([0, 3, 6, 1, 4, 7, 2, 5]) * (len(mean) - 1) // 7  # far apart
