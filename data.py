@@ -238,10 +238,9 @@ def to_photo(image):
     if isinstance(image, (str, Path)):
         return read_image(image)
     image = image if isinstance(image, Image.Image) else to_image(image)
-    profile = image.info.get("icc_profile")  # which may also be a text in a PNG, as may alpha
+    profile, alpha = image.info.get("icc_profile"), image.info.get("alpha")  # a PNG's may be texts
     profile = profile if isinstance(profile, bytes) and image.mode.startswith(("RGB", "P")) else b""
-    alpha = image.info.get("alpha")  # of an image that was here before, unless it was cropped since
-    alpha = alpha if getattr(alpha, "size", None) == image.size else None
+    alpha = alpha if getattr(alpha, "size", None) == image.size else None  # or of before a crop
     if image.mode.startswith(("I", "F")):  # over 8 bits
         values = np.nan_to_num(np.array(image, dtype=np.float32), posinf=0, neginf=0).clip(0)
         image = to_image((values * (255 / white_level(image))).astype(np.uint8))
@@ -273,10 +272,12 @@ def read_mask(path, classes):
 def read_mask_values(path, colours=None):
     """A mask as integers (H, W); colours, where it has or should have them, as RGB_FLAG + rgb."""
     with open_image(path) as image:
+        ImageOps.exif_transpose(image, in_place=True)  # where it has a rotation of its own
         if colours is None and image.mode == "P":  # a palette of black and white, in any order
             gray = np.asarray(image.convert("L"))
             if {*np.unique(gray)} <= {0, 255} and len(np.unique(gray)) == len(np.unique(image)):
                 return gray
+            colours = any(image.getpalette()[:3])  # else index 0 is black: indices of classes
         if colours or image.mode in ("RGB", "RGBA", "CMYK", "YCbCr"):
             rgb = np.asarray(image.convert("RGB"))
             if colours or (rgb != rgb[..., :1]).any():
@@ -290,7 +291,7 @@ def read_mask_values(path, colours=None):
 def binary_labels(values, path):
     """Labels of a mask without classes.txt: 0, 1 and maybe 255 (ignored), but in JPEG a 1 is dark;
     or one value ≤ 32 and one ≥ 223; or more with at most 5% between, at soft edges, cut at 128."""
-    levels, jpeg = np.unique(values), Path(path).suffix.lower() in (".jpg", ".jpeg")
+    levels, jpeg = np.unique(values), Path(path).read_bytes()[:2] == b"\xff\xd8"
     if 1 in levels and set(levels.tolist()) <= {0, 1, 255} and not jpeg:
         return values.astype(np.uint8)
     dark, light, soft = (levels <= 32).sum(), (levels >= 223).sum(), soft_fraction(values)
@@ -493,10 +494,10 @@ def read_classes(folder):
         return None, ["background", "foreground"]
     content = path.read_bytes()
     encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    lines = content.decode(encoding, errors="replace").splitlines()
+    lines = re.sub("(?m)^#.*", "", content.decode(encoding, errors="replace")).splitlines()
     name_of, kinds = {}, set()  # {value: name, or None for void}; how many numbers a line has
     for i, line in enumerate(filter(None, map(str.strip, lines))):
-        pattern = r"(?:(\d+)[\s,]+(?:(\d+)[\s,]+(\d+)[\s,]+)?)?(\S.*)"
+        pattern = r"(?:(\d+)[\s,:=]+(?:(\d+)[\s,]+(\d+)[\s,:=]+)?)?(\S.*)"
         *numbers, name = re.fullmatch(pattern, line).groups()
         numbers = [int(number) for number in numbers if number]
         kinds.add(len(numbers))
@@ -549,8 +550,6 @@ def verify(dataset):
         with open_image(sample.image) as image:
             if image.mode.startswith("I"):
                 notes.append(f"images of over 8 bits, white at {white_level(image)}")
-            elif ";16" in str(image.tile):  # Pillow knows no colours of 16 bits
-                notes.append("16-bit colour images, of which the upper 8 bits are read")
         if sample.classes is None and soft_fraction(read_mask_values(sample.mask)):
             notes.append("masks with soft edges, cut at 128")
         target = labels_to_target(torch.from_numpy(labels))
@@ -735,7 +734,8 @@ def log(text, end="\n", every_rank=False):
     """A line on stderr, in place of an unfinished one; of several processes rank 0 writes."""
     if every_rank or os.environ.get("RANK", "0") == "0":
         text = "\n".join(map(escape_nonprintable, text.split("\n")))
-        print("\r\x1b[K" * sys.stderr.isatty() + text, end=end, file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # a log that is full, or closed, ends no run
+            print("\r\x1b[K" * sys.stderr.isatty() + text, end=end, file=sys.stderr, flush=True)
 
 def print_result(args, text, result):
     """The result of a command on stdout, as text or as one line of JSON."""

@@ -399,6 +399,8 @@ def class_frequencies(dataset, split, config):
     target = eval_target(config, torch.arange(256, dtype=torch.uint8))  # of each label
     counts = torch.bincount(target, torch.from_numpy(pixels).double())[:len(names)]
     frequencies = counts / counts.sum().clamp(min=1)
+    if absent := [name for name, f in zip(names, frequencies) if not f]:
+        warnings.warn(f"no training pixel is {', '.join(absent)}; are the masks read rightly?")
     parts = [f"{len(samples):,} {name}" for name, samples in dataset.splits.items()]
     parts += [f"{name} {f:.1%}" for name, f in zip(names, frequencies.tolist())]
     log(f"{dataset.folder}: {dataset.layout}; {', '.join(parts)} of the training pixels")
@@ -864,8 +866,6 @@ def infer(args):
 def compare(args):
     """Scores runs on the same split; draws their curves, the same images by each, and a table."""
     out, folders = Path(args.out), [Path(folder).resolve() for folder in args.runs]
-    if out.suffix:
-        raise UserError(f"{out} looks like a file; --out names a folder, such as comparison")
     histories, models, scores, rows, compared = {}, {}, [], [], set()
     for folder, run in zip(folders, data.unique_names([folder.name for folder in folders])):
         last, models[run] = load_checkpoint(folder, "last.pt"), load_with_split(args, folder)
@@ -873,8 +873,7 @@ def compare(args):
         names, (_, confusion) = config["class_names"], evaluate(*models[run])
         metric, metrics = layers.score_names(names)[0], layers.compute_metrics(confusion, names)
         scores.append(image_scores(confusion, names))
-        # two classes may have any names
-        compared.add((*(names if len(names) > 2 else ()), *models[run][1].names))
+        compared.add((*names * (len(names) > 2), *models[run][1].names))  # two have any names
         rows.append({
             "run": run, "model": config["model"], "width": config["width"],
             **layer_table(config)[1], "size": "×".join(map(str, config["size"])),
@@ -1035,6 +1034,7 @@ def main(args):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # clears away what is half-written
     warnings.showwarning = lambda message, *_: log(f"warning: {message}")
+    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal, or a file name, of odd letters
     try:
         data.set_max_pixels(vars(args).get("max_pixels"))
         torch.set_num_threads(vars(args).get("threads") or torch.get_num_threads())
