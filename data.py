@@ -272,12 +272,12 @@ def read_mask(path, classes):
 def read_mask_values(path, colours=None):
     """A mask as integers (H, W); colours, where it has or should have them, as RGB_FLAG + rgb."""
     with open_image(path) as image:
-        ImageOps.exif_transpose(image, in_place=True)  # where it has a rotation of its own
+        ImageOps.exif_transpose(image, in_place=True)  # if a mask has a rotation of its own
         if colours is None and image.mode == "P":  # a palette of black and white, in any order
             gray = np.asarray(image.convert("L"))
             if {*np.unique(gray)} <= {0, 255} and len(np.unique(gray)) == len(np.unique(image)):
                 return gray
-            colours = any(image.getpalette()[:3])  # else index 0 is black: indices of classes
+            colours = any(image.getpalette()[:3])  # where index 0 is black, the indices count
         if colours or image.mode in ("RGB", "RGBA", "CMYK", "YCbCr"):
             rgb = np.asarray(image.convert("RGB"))
             if colours or (rgb != rgb[..., :1]).any():

@@ -873,7 +873,7 @@ def compare(args):
         names, (_, confusion) = config["class_names"], evaluate(*models[run])
         metric, metrics = layers.score_names(names)[0], layers.compute_metrics(confusion, names)
         scores.append(image_scores(confusion, names))
-        compared.add((*names * (len(names) > 2), *models[run][1].names))  # two have any names
+        compared.add((*names * (len(names) > 2), *models[run][1].names))  # two may have any names
         rows.append({
             "run": run, "model": config["model"], "width": config["width"],
             **layer_table(config)[1], "size": "×".join(map(str, config["size"])),
@@ -1034,7 +1034,6 @@ def main(args):
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # clears away what is half-written
     warnings.showwarning = lambda message, *_: log(f"warning: {message}")
-    sys.stdout.reconfigure(errors="backslashreplace")  # a terminal, or a file name, of odd letters
     try:
         data.set_max_pixels(vars(args).get("max_pixels"))
         torch.set_num_threads(vars(args).get("threads") or torch.get_num_threads())
