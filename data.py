@@ -7,7 +7,7 @@ Pillow. A size is (height, width) everywhere. What a label is:
     value in the mask file   label in the cache (uint8)         target of the loss
     1 pet, 2 background      1 and 0; by species 1 cat, 2 dog   class index
     3 border                 128 + the class that it borders    as --border says
-    255, void, ignore        255                                255: neither learned nor scored
+    255, void, ignore        255                                255: ignored by loss and metrics
     own data                 class index, see `read_mask`       class index
 """
 import contextlib
@@ -177,7 +177,7 @@ def labels_to_target(labels, border="foreground", rng=None, classes=2):
     return torch.where(is_border, value, labels)
 
 # ------------------------------------------------------------------------ one image, and its mask
-# what Pillow and torch raise at files that are cut off, damaged, or made to do harm
+# what Pillow and torch raise at files that are truncated, damaged, or malicious
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, RuntimeError,
                  MemoryError, struct.error, AttributeError, AssertionError, ArithmeticError,
                  zipfile.BadZipFile, pickle.UnpicklingError)

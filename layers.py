@@ -13,7 +13,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-IGNORE_INDEX = 255  # pixels with this target are neither learned nor scored
+IGNORE_INDEX = 255  # pixels with this target are ignored by losses and metrics
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of --precision
 
 # ---------------------------------------------------------------------------------------- blocks

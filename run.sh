@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The door: makes .venv on first use, then hands its words to petseg.py. `./run.sh test` runs the
-# tests. PYTHON=... chooses the Python that .venv is made with.
+# Makes .venv on first use, then passes its arguments to petseg.py. `./run.sh test` runs the tests.
+# PYTHON=... chooses the Python that .venv is made with.
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 venv=$here/.venv
