@@ -59,7 +59,7 @@ def open_split(dataset, split, size, root):
     samples = get_samples(dataset, split)
     stats = [os.access(p, os.R_OK) and os.stat(p) for s in samples for p in (s.image, s.mask)]
     facts = [[stat and (stat.st_size, stat.st_mtime_ns) for stat in stats], Image.MAX_IMAGE_PIXELS,
-             sorted(FORMATS), [(s.name, s.classes) for s in samples]]
+             sorted(FORMATS), [(s.name, s.value_to_label) for s in samples]]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
     name = f"{dataset.folder.resolve().name}-{split}-{size[0]}x{size[1]}-{key}"
     path = Path(root) / "cache" / name
@@ -126,7 +126,7 @@ def augment(images, labels, rng, size=None, p=1.0, flip=0.0, vflip=0.0, rotate=0
 
     # theta maps a pixel of the result to where to look in the image, both in -1..1 each way
     angle, scale = uniform(math.radians(rotate)), torch.exp(uniform(math.log(zoom)))
-    cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale
+    cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale  # zoomed
     stretch = torch.exp(uniform(math.log(aspect)))
     flip_x, flip_y = (1 - 2 * (torch.rand(batch, generator=rng) < probability).float() * applied
                       for probability in (flip, vflip))
@@ -140,7 +140,7 @@ def augment(images, labels, rng, size=None, p=1.0, flip=0.0, vflip=0.0, rotate=0
     labels = labels.unsqueeze(1).float()
     labels = F.grid_sample(labels, grid, "nearest", "reflection", align_corners=False)
 
-    brightness, contrast, saturation = (
+    brightness, contrast, saturation = (  # strengths to factors (B, 1, 1, 1)
         (1 + uniform(magnitude).view(-1, 1, 1, 1)).to(images.device)
         for magnitude in (brightness, contrast, saturation))
     images = images * brightness
@@ -191,8 +191,8 @@ SUFFIXES = {".heic", ".heif"} | {
 warnings.filterwarnings("ignore", module="PIL")  # what cannot be read is an ImageError
 RGB_FLAG = 1 << 24  # a mask's colour as an integer: RGB_FLAG + 0xrrggbb
 
-Sample = namedtuple("Sample", "name image mask classes")
-# classes: {value in the mask: label}, or None for the rule of `binary_labels`
+Sample = namedtuple("Sample", "name image mask value_to_label")
+# value_to_label: {value in the mask: label}, or None for the rule of `binary_labels`
 
 def set_max_pixels(pixels):
     """Refuses larger images before they are decoded: Pillow does so at twice what it is given."""
@@ -257,17 +257,17 @@ def white_level(image):
     largest = np.max(image, where=np.isfinite(image), initial=1)
     return largest if image.mode == "F" else max(255, 2 ** int(largest).bit_length() - 1)
 
-def read_mask(path, classes):
-    """A mask file as labels (H, W) of its own size; `classes` as in Sample."""
-    values = read_mask_values(path, colours=classes and max(classes) >= RGB_FLAG)
-    if classes is None:
+def read_mask(path, value_to_label):
+    """A mask file as labels (H, W) of its own size; `value_to_label` as in Sample."""
+    values = read_mask_values(path, colours=value_to_label and max(value_to_label) >= RGB_FLAG)
+    if value_to_label is None:
         return binary_labels(values, path)
-    known = np.array(sorted(classes))
+    known = np.array(sorted(value_to_label))
     index = np.searchsorted(known, values).clip(max=len(known) - 1)
     if (unknown := known[index] != values).any():
         raise UserError(f"the mask {path} holds {describe_values(values, unknown)}; classes.txt or "
                         f"the layout knows only {', '.join(map(format_value, known[:20]))}")
-    return np.array([classes[value] for value in known.tolist()], np.uint8)[index]
+    return np.array([value_to_label[value] for value in known.tolist()], np.uint8)[index]
 
 def read_mask_values(path, colours=None):
     """A mask as integers (H, W); colours, where it has or should have them, as RGB_FLAG + rgb."""
@@ -313,23 +313,23 @@ def format_value(value):
     """A mask's value as classes.txt has it: a number, or R G B."""
     return str(value) if value < RGB_FLAG else " ".join(map(str, int(value).to_bytes(4, "big")[1:]))
 
-def describe_values(values, where=...):
+def describe_values(values, where=slice(None)):
     """The most frequent values of a mask, with their fractions of its pixels."""
     levels, counts = np.unique(values[where], return_counts=True)
     order = np.argsort(-counts, kind="stable")
     return ", ".join(f"{format_value(levels[i])} ({counts[i] / values.size:.2%})"
-                     for i in order[:9]) + " …" * (len(order) > 9)
+                     for i in order[:9]) + (" …" if len(order) > 9 else "")
 
 def read_pair(sample, size):
     """A photo and its labels at `size`: uint8 (H, W, 3) and (H, W)."""
-    labels = read_mask(sample.mask, sample.classes)
+    labels = read_mask(sample.mask, sample.value_to_label)
     return np.asarray(read_image(sample.image, size, labels.shape)), resize(labels, size, "NEAREST")
 
 def read_sample(sample):
     """A photo and its labels, if any, at their own size; where damaged, the photo alone."""
     if sample.mask:
         try:
-            labels = read_mask(sample.mask, sample.classes)
+            labels = read_mask(sample.mask, sample.value_to_label)
             return read_image(sample.image, mask_size=labels.shape), labels
         except UserError as error:
             warnings.warn(str(error))
@@ -387,7 +387,8 @@ def scan_dataset(folder, classes=None, random_split=None, border_class=False):
 def scan_pets(folder, classes, border_class):
     """The layout of the Oxford-IIIT Pets. Every tenth line of trainval.txt, the first included, is
     val, the others are train; nothing is shuffled, so that the split is the same everywhere."""
-    def read_list(path):  # of lines NAME, or NAME BREED SPECIES
+    images, trimaps = folder / "images", folder / "annotations" / "trimaps"
+    def read_samples(path):  # of lines NAME, or NAME BREED SPECIES
         text = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
         rows = re.findall(r"(?m)^([^#\s]\S*)(?:[ \t]+\S+[ \t]+(\S+))?", text)
         if len(rows) < 2:
@@ -398,13 +399,12 @@ def scan_pets(folder, classes, border_class):
                 raise UserError(f"{path}: say what species {name} is: NAME BREED 1 (cat), 2 (dog)")
             yield Sample(name, images / f"{name}.jpg", trimaps / f"{name}.png", values)
 
-    images, trimaps = folder / "images", folder / "annotations" / "trimaps"
-    trainval = list(read_list(folder / "annotations" / "trainval.txt"))
+    trainval = list(read_samples(folder / "annotations" / "trainval.txt"))
     splits = {"train": [s for i, s in enumerate(trainval) if i % 10], "val": trainval[::10]}
     if (folder / "annotations" / "test.txt").is_file():
-        splits["test"] = list(read_list(folder / "annotations" / "test.txt"))
+        splits["test"] = list(read_samples(folder / "annotations" / "test.txt"))
     names = ["background", *(["cat", "dog"] if classes == "species" else ["pet"])]
-    names += ["border"] * border_class
+    names += ["border"] if border_class else []
     return Dataset(folder, "the layout of the pets", names, splits, {})
 
 def scan_cityscapes(folder, classes):
@@ -421,8 +421,8 @@ def scan_cityscapes(folder, classes):
 
 def scan_image_and_mask_folders(folder, random_split):
     """Images beside masks, with train, val, test above or below the two, or with a random split."""
-    folders = [path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.is_dir()]
-    folders = {Path(str(path.relative_to(folder)).lower()): path for path in sorted(folders)}
+    paths = [path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.is_dir()]
+    folders = {Path(str(path.relative_to(folder)).lower()): path for path in sorted(paths)}
 
     def find(names, splits):
         return next((folders[place] for name in names for split in splits
@@ -441,8 +441,8 @@ def scan_image_and_mask_folders(folder, random_split):
             *[f"{path.relative_to(folder)}/ with {n} images" for path, n in sorted(counts.items())]
             or ["no images at all"])
     layout = " and ".join(f"{p.relative_to(folder)}/" for pair in pairs.values() for p in pair)
-    classes, class_names = read_classes(folder)
-    splits = {split: match_pairs(*pair, classes) for split, pair in pairs.items()}
+    value_to_label, class_names = read_classes(folder)
+    splits = {split: match_pairs(*pair, value_to_label) for split, pair in pairs.items()}
     if "all" in splits:
         return split_at_random(folder, layout, class_names, splits["all"], random_split)
     return Dataset(folder, layout, class_names, splits, {})
@@ -460,7 +460,7 @@ def split_at_random(folder, layout, class_names, samples, random_split):
               if (chosen := [s for s in samples if split_of.get(s.name, "train") == split])}
     return Dataset(folder, layout, class_names, splits, random_split)
 
-def match_pairs(images, masks, classes):
+def match_pairs(images, masks, value_to_label):
     """Pairs images with masks of the same name, or with the same text around it in every mask."""
     image_of, mask_of = {}, {}
     for folder, paths in ((images, image_of), (masks, mask_of)):
@@ -476,7 +476,7 @@ def match_pairs(images, masks, classes):
                     affixes[before, after] += 1
     before, after = max(affixes, key=affixes.get, default=("", ""))
     partner = {name: name.with_name(f"{before}{name.name}{after}") for name in image_of}
-    samples = [Sample(name.as_posix(), image_of.pop(name), mask_of.pop(mask), classes)
+    samples = [Sample(name.as_posix(), image_of.pop(name), mask_of.pop(mask), value_to_label)
                for name, mask in partner.items() if mask in mask_of]
     if not samples:
         raise UserError(f"no mask in {masks} has the name of an image in {images}, with or without "
@@ -495,16 +495,16 @@ def read_classes(folder):
     content = path.read_bytes()
     encoding = "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     lines = re.sub("(?m)^#.*", "", content.decode(encoding, errors="replace")).splitlines()
-    name_of, kinds = {}, set()  # {value: name, or None for void}; how many numbers a line has
+    name_of, number_counts = {}, set()  # {value: name, or None for void}; 0, 1 or 3 in a line
     for i, line in enumerate(filter(None, map(str.strip, lines))):
         pattern = r"(?:(\d+)[\s,:=]+(?:(\d+)[\s,]+(\d+)[\s,:=]+)?)?(\S.*)"
         *numbers, name = re.fullmatch(pattern, line).groups()
         numbers = [int(number) for number in numbers if number]
-        kinds.add(len(numbers))
-        if len(kinds) > 1 or max(numbers, default=0) > (255 if numbers[1:] else 65535):
+        number_counts.add(len(numbers))
+        if len(number_counts) > 1 or max(numbers, default=0) > (255 if numbers[1:] else 65535):
             raise UserError(f"{path} has the line {line!r}; expected VALUE NAME, or R G B NAME, or "
                             "NAME, the same in all lines")
-        value = RGB_FLAG + int.from_bytes(numbers, "big") if numbers[1:] else (*numbers, i)[0]
+        value = RGB_FLAG + int.from_bytes(numbers, "big") if numbers[1:] else (numbers or [i])[0]
         name = None if name.lower() in ("void", "ignore") else name
         if value in name_of or name and name in name_of.values():
             raise UserError(f"{path} has the name or value of {line!r} twice")
@@ -513,8 +513,8 @@ def read_classes(folder):
     if not 2 <= len(names) <= 100:
         raise UserError(f"{path} names {len(names)} classes; 2 to 100 can be learned")
     label_of = {None: IGNORE_INDEX} | {name: label for label, name in enumerate(names)}
-    classes = {} if kinds == {3} else {255: IGNORE_INDEX}
-    return classes | {value: label_of[name] for value, name in name_of.items()}, names
+    value_to_label = {} if number_counts == {3} else {255: IGNORE_INDEX}
+    return value_to_label | {value: label_of[name] for value, name in name_of.items()}, names
 
 def find_images(paths):
     """Yields files, and all images of folders but hidden ones, sorted, not through links."""
@@ -544,13 +544,13 @@ def unique_names(names):
     return [*taken.values()]
 
 def verify(dataset):
-    """Reads all: (errors {split: [...]}, notes, the pixels' fractions by label {split: (255,)})."""
+    """Reads all: (errors {split: [...]}, notes, fractions of pixels by label {split: (255,)})."""
     def inspect(sample):
         labels, notes = read_pair(sample, (32, 32))[1], []
         with open_image(sample.image) as image:
             if image.mode.startswith("I"):
                 notes.append(f"images of over 8 bits, white at {white_level(image)}")
-        if sample.classes is None and soft_fraction(read_mask_values(sample.mask)):
+        if sample.value_to_label is None and soft_fraction(read_mask_values(sample.mask)):
             notes.append("masks with soft edges, cut at 128")
         target = labels_to_target(torch.from_numpy(labels))
         return notes, np.bincount(target.flatten(), minlength=256)[:IGNORE_INDEX]
@@ -710,7 +710,7 @@ def take_lock(folder, wait=True):
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            return release.close()
+            return release.close()  # None
         for place in ("", "cache", PETS):  # a run within the folder has a lock of its own
             for leftover in Path(folder, place).glob(".part-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -809,7 +809,7 @@ def remove_islands(mask):
     def find_runs(mask):  # where they start and end, as y · stride + x
         return np.flatnonzero(np.diff(mask, prepend=False, append=False)).reshape(-1, 2).T
 
-    mask, stride, largest = np.pad(mask, 1), mask.shape[1] + 3, 0  # run 0 is outside, no hole
+    mask, stride, largest = np.pad(mask, 1), mask.shape[1] + 3, 0  # label 0: outside, no hole
     for value, part in ((True, 0.05), (False, 0.01)):
         regions = mask == value
         starts, ends = find_runs(regions)
@@ -831,7 +831,7 @@ def remove_islands(mask):
 def without_islands(probs, threshold):
     """Probabilities (C, h, w) with the foreground's islands and holes corrected."""
     mask = probs[0] >= threshold if len(probs) == 1 else probs.argmax(axis=0) > 0
-    clean, result = remove_islands(mask), probs.copy()
+    clean, result = remove_islands(mask), probs.copy()  # channel 0 is pet, of several background
     result[0] = np.where(clean == mask, probs[0], clean if len(probs) == 1 else ~clean)
     return result
 
@@ -871,7 +871,7 @@ def read_background(text):
         raise UserError(f"--background {text} is no file, no colour (white, '#ff8800'), not blur")
 
 def finish_cutout(image, background=None, crop=False):
-    """A cut-out on `background`, which is scaled to fit; `crop` cuts it to what it shows."""
+    """A cut-out on `background`, which is cropped to fit; `crop` keeps what shows, and a margin."""
     result = image
     if background:
         result = ImageOps.fit(background, image.size)
@@ -879,7 +879,7 @@ def finish_cutout(image, background=None, crop=False):
         result.info = image.info
     if crop and (box := image.getchannel("A").point(lambda a: 255 * (a > 25)).getbbox()):
         margin = max(box[2] - box[0], box[3] - box[1]) // 20
-        box = np.add(box, [-margin, -margin, margin, margin]).clip(0, image.size * 2)
+        box = np.add(box, [-margin, -margin, margin, margin]).clip(0, [*image.size, *image.size])
         result = result.crop(box.tolist())
     return result
 

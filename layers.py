@@ -118,8 +118,8 @@ class EncoderDecoder(nn.Module):
         return self.head(x)[..., :height, :width]                    # (B, classes, H, W)
 
     def forward_stage(self, stage, *inputs):
-        """stage(*inputs). Gradient checkpointing calls it again in backward, then with a copy of
-        the BatchNorm buffers: the first call, with {}, has updated the stage's own."""
+        """stage(*inputs). Gradient checkpointing computes it a second time, in backward: then on a
+        copy of the BatchNorm statistics, so that a step updates the stage's own only once."""
         if not (self.gradient_checkpointing and self.training):
             return stage(*inputs)
         buffers = iter([{}, {name: buffer.clone() for name, buffer in stage.named_buffers()}])
@@ -202,17 +202,16 @@ def bce_loss(logits, target, class_weights=None):
     """Mean of −log p(target class) over the pixels that are not ignored: (binary) cross-entropy.
 
     One logit: −y log σ(z) − (1 − y) log(1 − σ(z)) = log(1 + exp((1 − 2y) z)), y in {0, 1}.
-    Several:   log Σ_c exp(z_c) − z_y. Neither form overflows, however large a logit is.
+    Several:   log Σ_c exp(z_c) − z_y. softplus and logsumexp compute both without overflow.
     """
     logits = logits.float().clamp(-1e5, 1e5)  # inf − inf would be nan
-    weight = target != IGNORE_INDEX
-    target = torch.where(weight, target, 0).long()                   # (B, H, W)
+    valid = target != IGNORE_INDEX
+    target = torch.where(valid, target, 0).long()                    # (B, H, W)
     if logits.shape[1] == 1:
         loss = F.softplus((1 - 2 * target) * logits[:, 0])
     else:
         loss = logits.logsumexp(dim=1) - logits.gather(1, target.unsqueeze(1)).squeeze(1)
-    if class_weights is not None:
-        weight = weight * class_weights[target]
+    weight = valid if class_weights is None else valid * class_weights[target]
     return (loss * weight).sum() / weight.sum().clamp(min=1e-6)
 
 def dice_loss(logits, target, class_weights=None, smooth=1.0):
@@ -223,8 +222,8 @@ def dice_loss(logits, target, class_weights=None, smooth=1.0):
     s = 1 makes an empty prediction of an empty mask right."""
     p = probabilities(logits.float().clamp(-1e5, 1e5))
     first_class = 1 if p.shape[1] == 1 else 0  # one logit: the background has no channel
-    classes = torch.arange(first_class, first_class + p.shape[1], device=p.device)
-    y = target.unsqueeze(1) == classes.view(1, -1, 1, 1)             # (B, C, H, W)
+    indices = torch.arange(first_class, first_class + p.shape[1], device=p.device)
+    y = target.unsqueeze(1) == indices.view(1, -1, 1, 1)             # (B, C, H, W)
     p = torch.where(target.unsqueeze(1) != IGNORE_INDEX, p, 0)
     intersection = (p * y).sum(dim=(2, 3))                           # (B, C)
     cardinality = p.sum(dim=(2, 3)) + y.sum(dim=(2, 3))
@@ -307,10 +306,10 @@ def scale_size(size, factor):
 def train_image_size(config, epoch):
     """Progressive resizing: of the first `progressive` · `epochs` epochs (never the last) two
     thirds are at 1/2 size, the others at 3/4. UNet, same compute: val Dice 0.891, without 0.873."""
-    small = round(config["progressive"] * config["epochs"], 6)  # epochs; 100 · 0.29 is 28.99…
-    if epoch > small or epoch == config["epochs"]:
+    small_epochs = round(config["progressive"] * config["epochs"], 6)  # 100 · 0.29 is 28.99…
+    if epoch > small_epochs or epoch == config["epochs"]:
         return config["size"]
-    return scale_size(config["size"], 0.75 if epoch > round(small * 2 / 3, 6) else 0.5)
+    return scale_size(config["size"], 0.75 if epoch > round(small_epochs * 2 / 3, 6) else 0.5)
 
 def epoch_progress(config):
     """For each epoch the fraction of the run's pixels that is done before it, and a final 1.0."""
@@ -394,7 +393,8 @@ class Muon(torch.optim.Optimizer):
                 update = p.grad.add(buffer, alpha=group["momentum"])  # Nesterov
                 matrix = update.permute(0, 2, 3, 1).flatten(1)  # in the order of channels-last
                 by_size.setdefault(min(matrix.shape), []).append((p, matrix))
-        for params, matrices in (zip(*pairs) for pairs in by_size.values()):
+        for pairs in by_size.values():
+            params, matrices = zip(*pairs)
             for p, update in zip(params, newton_schulz(matrices, dtype=self.dtype)):
                 lr, ratio = 2 * group["lr"], update.shape[0] / update.shape[1]
                 weight = p.mul_(1 - lr * group["weight_decay"]).permute(0, 2, 3, 1)
@@ -428,15 +428,15 @@ def box_mean(x, radius):
     return band_matrix(x.shape[1], radius) @ x @ band_matrix(x.shape[2], radius).T
 
 def guided_filter(image, p, radius, eps=1e-4):
-    """Guided image filtering (He, Sun, Tang 2010, https://doi.org/10.1007/978-3-642-15549-9_1) of p
-    (1, H, W) by an image (3, H, W): in each window p ≈ a · image + b; returns a and b (4, H, W)."""
+    """Guided image filtering (He, Sun, Tang 2010, https://doi.org/10.1007/978-3-642-15549-9_1) of a
+    map p (1, H, W) by an image (3, H, W): p ≈ a · image + b in windows; means of a, b (4, H, W)."""
     products = torch.cat((image, p, image * p, (image[:, None] * image).flatten(0, 1)))
     mean, mean_p, cov_p, cov = box_mean(products, radius).split((3, 1, 3, 9))
     cov_p = cov_p - mean * mean_p                                    # (3, H, W)
     cov = cov.unflatten(0, (3, 3)) - mean[:, None] * mean            # (3, 3, H, W)
     cov = cov + eps * torch.eye(3).view(3, 3, 1, 1)                  # Σ + εI
     # the inverse of a symmetric 3×3 matrix: its adjugate (cross products of rows) / determinant
-    adjugate = torch.stack([torch.linalg.cross(cov[i - 2], cov[i - 1], dim=0) for i in range(3)])
+    adjugate = torch.linalg.cross(cov[[1, 2, 0]], cov[[2, 0, 1]], dim=1)
     a = (adjugate * cov_p[:, None]).sum(dim=0) / (adjugate[0] * cov[0]).sum(dim=0)
     return box_mean(torch.cat((a, mean_p - (a * mean).sum(dim=0, keepdim=True))), radius)
 

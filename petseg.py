@@ -39,8 +39,8 @@ def image_size(text):
 def parse_augment(text):
     """--augment as {name: strength}: a preset, or strengths, or both as in full,rotate=15."""
     parts = text.split(",")
-    preset = AUGMENT_PRESETS.get(parts[0], {})
-    strengths = dict(part.partition("=")[::2] for part in parts[parts[0] in AUGMENT_PRESETS:])
+    preset = AUGMENT_PRESETS[parts.pop(0)] if parts[0] in AUGMENT_PRESETS else {}
+    strengths = {name: value for name, _, value in (part.partition("=") for part in parts)}
     if strengths.keys() <= AUGMENT_BOUNDS.keys():
         return preset | {n: number(float, *AUGMENT_BOUNDS[n])(x) for n, x in strengths.items()}
     raise argparse.ArgumentTypeError(f"expected {', '.join(AUGMENT_PRESETS)}, some of "
@@ -115,8 +115,8 @@ def command_line():
         for option in ["json", *options.split(), *defaults]:
             usual, kind, help = (OPTIONS | OTHER_OPTIONS)[option]
             default = defaults.get(option, None if option in OPTIONS else usual)
-            if effective := default or name == "train" and usual:
-                help += f" ({effective})"
+            shown = default or (usual if name == "train" else None)
+            help += f" ({shown})" if shown else ""
             how = ({"action": argparse.BooleanOptionalAction} if kind is bool else
                    {"choices": kind} if isinstance(kind, tuple) else {"type": kind})
             sub.add_argument(f"--{option.replace('_', '-')}", default=default, help=help, **how)
@@ -177,7 +177,7 @@ RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 def train_step(config, model, optimizers, train_set, indices, epoch, step, class_weights=None):
     """One optimizer step on the images `indices`, a micro-batch at a time; it is skipped where its
     gradients are not finite. Returns the sums of (loss, images, Dice and IoU of class 1) and the
-    confusion matrix. Every random draw depends on (seed, epoch, step, rank) alone."""
+    confusion matrix. Each random draw is a function of seed, epoch, step, micro-step and rank."""
     device, classes = next(model.parameters()).device, len(config["class_names"])
     size, seed = layers.train_image_size(config, epoch), config["seed"]
     sums = torch.zeros(4, device=device)
@@ -197,7 +197,7 @@ def train_step(config, model, optimizers, train_set, indices, epoch, step, class
         with torch.autocast(device.type, torch.bfloat16, enabled=config["precision"] == "bf16"):
             logits = model(data.normalize(images))
         loss = layers.LOSSES[config["loss"]](logits, target, class_weights)
-        # a mean over images: as in one large batch, but where pixels are ignored or weighted
+        # the gradient of one large batch, unless pixels are ignored or weighted: a mean over images
         (loss * len(batch) / len(indices)).backward()
 
         mask = layers.logits_to_mask(logits.detach())
@@ -235,7 +235,7 @@ def train(args):
         init_from(model, config)
     final = "test" if dataset.splits.get("test") else "val"  # what is scored at the end
     if config["minutes"] and not last:
-        test_set = data.open_split(dataset, final, config["size"], config["root"])  # cached now
+        test_set = data.open_split(dataset, final, config["size"], config["root"])  # decode it now
         epochs = epochs_in_minutes(config, model, train_set, val_set, len(test_set.names))
         config |= resolve_config(vars(args) | {"epochs": epochs}, device)
     ema_model = copy.deepcopy(model) if config["ema"] else model
@@ -251,7 +251,7 @@ def train(args):
         restore(last, *state)
     run.sums, run.confusion = run.sums.to(device), run.confusion.to(device)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    log_start(folder, config, last, device)
+    record_machine(folder, config, last, device)
     if run.epoch > config["epochs"]:
         log("it is finished; --epochs prolongs it, another --name begins a new run")
     saved = save_last(*state)  # at once, so that a full disk shows now
@@ -276,9 +276,9 @@ def train(args):
                     f"--resume {shlex.quote(str(folder))}")
                 raise SystemExit(128 + signum)
 
-            done = float(np.interp(run.epoch - 1 + (step + 0.5) / len(steps),  # in epochs
-                                   range(len(epoch_starts)), epoch_starts))
-            lr = layers.SCHEDULES[config["schedule"]](config, done, run.val_scores)
+            middle = run.epoch - 1 + (step + 0.5) / len(steps)  # of the step, in epochs
+            progress = float(np.interp(middle, range(len(epoch_starts)), epoch_starts))
+            lr = layers.SCHEDULES[config["schedule"]](config, progress, run.val_scores)
             for group in groups:
                 group["lr"] = lr * group["lr_scale"]
             sums, confusion = train_step(config, model, optimizers, train_set, steps[step],
@@ -291,7 +291,7 @@ def train(args):
             run.seconds = time.monotonic() - start
 
         predictor = Predictor(ema_model, config, tta=False)  # 1.8 s for the pets' val; with TTA 7
-        best = finish_epoch(folder, run, config, lr, *evaluate(predictor, val_set, class_weights))
+        best = record_epoch(folder, run, config, lr, *evaluate(predictor, val_set, class_weights))
         if RANK == 0:
             # last.pt comes last: killed before it, the epoch is done again and writes the same
             if best or not (folder / "best.pt").exists():
@@ -344,21 +344,21 @@ def epochs_in_minutes(config, model, train_set, val_set, n_test):
     start, model, batch = time.monotonic(), copy.deepcopy(model), config["batch_size"]
     optimizers, predictor = layers.make_optimizers(model, config), Predictor(model, config)
     timed = config | {"epochs": 3, "progressive": 0.7}  # an epoch at 1/2, 3/4 and the full size
-    images = batch * config["grad_accum"]
-    step_time = {layers.train_image_size(timed, e): seconds_per_batch(lambda i: train_step(
-        timed, model, optimizers, train_set, i, e, 0)[0], train_set, images) for e in (1, 2, 3)}
+    step_images = batch * config["grad_accum"]
+    step_time = {layers.train_image_size(timed, epoch): seconds_per_batch(
+        lambda indices: train_step(timed, model, optimizers, train_set, indices, epoch, 0)[0],
+        train_set, step_images) for epoch in (1, 2, 3)}
     image_time = seconds_per_batch(lambda i: predictor.logits(data.get_batch(
         val_set, i, predictor.device)[0]), val_set, batch) / batch / WORLD_SIZE
-    steps = math.ceil(len(train_set.names) * config["repeat"] / images)
+    steps = math.ceil(len(train_set.names) * config["repeat"] / step_images)
     val_time = len(val_set.names) * image_time / len(TTA_VIEWS) + 1  # a second for curves and files
 
     def duration(epochs):
         sizes = [layers.train_image_size(config | {"epochs": epochs}, e + 1) for e in range(epochs)]
         return sum(steps * step_time[size] + val_time for size in sizes) + n_test * image_time
-
     left = 60 * config["minutes"] - (time.monotonic() - start)
-    fitting = bisect.bisect(range(1, 10_001), left, key=duration)  # how many epochs do
-    epochs = int(all_reduce(torch.tensor(max(1, fitting)), dist.ReduceOp.MIN))
+    epochs = max(1, bisect.bisect(range(1, 10_001), left, key=duration))  # the most that fit
+    epochs = int(all_reduce(torch.tensor(epochs), dist.ReduceOp.MIN))
     log(f"--epochs {epochs}: about {duration(epochs) / 60:.1f} of {config['minutes']:g} minutes")
     return epochs
 
@@ -379,7 +379,7 @@ def pick_device(name):
     return torch.device(name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
 
 def pick_precision(name, device):
-    """"bf16" or "fp32"; auto is bfloat16 where the hardware multiplies it faster."""
+    """The precision, bf16 or fp32; auto is bfloat16 where the hardware multiplies it faster."""
     fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
             torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return ("bf16" if fast else "fp32") if name in (None, "auto") else name
@@ -392,11 +392,11 @@ def load_dataset(config, url):
                              border_class=config["border"] == "class")
 
 def class_frequencies(dataset, split, config):
-    """The fraction of each class in the pixels of a split; logs what the dataset is."""
+    """The fraction of each class in a split's pixels, borders counted as in scores; logs them."""
     names = config["class_names"]
     pixels = sum(np.bincount(split.labels[i:i + 16].ravel(), minlength=256)
                  for i in range(0, len(split.names), 16))
-    target = eval_target(config, torch.arange(256, dtype=torch.uint8))  # of each label
+    target = eval_target(config, torch.arange(256, dtype=torch.uint8))  # by label
     counts = torch.bincount(target, torch.from_numpy(pixels).double())[:len(names)]
     frequencies = counts / counts.sum().clamp(min=1)
     if absent := [name for name, f in zip(names, frequencies) if not f]:
@@ -440,9 +440,9 @@ class Predictor:
         for scale, flipped in TTA_VIEWS:
             view = F.interpolate(x.flip(3) if flipped else x, layers.scale_size(size, scale),
                                  mode="bilinear", antialias=scale < 1)
-            view = layers.probabilities(self.model(view.to(self.dtype)).float())
-            view = F.interpolate(view, size, mode="bilinear")
-            mean += (view.flip(3) if flipped else view) / len(TTA_VIEWS)
+            probs = layers.probabilities(self.model(view.to(self.dtype)).float())
+            probs = F.interpolate(probs, size, mode="bilinear")
+            mean += (probs.flip(3) if flipped else probs) / len(TTA_VIEWS)
         return mean.logit(eps=1e-6) if mean.shape[1] == 1 else mean.clamp(min=1e-6).log()
 
     def __call__(self, photo):
@@ -452,7 +452,7 @@ class Predictor:
         return probs[0] if len(probs) == 1 else np.stack(probs)
 
     def segment(self, photo):
-        """A Segmentation."""
+        """The Segmentation of a photo; one is returned as it is."""
         return photo if isinstance(photo, Segmentation) else next(self.segment_batch([photo]))
 
     def segment_batch(self, photos):
@@ -476,15 +476,15 @@ class Predictor:
 
     def cutout(self, photo, background=None, crop=False):
         """The foreground with a soft edge (docs/cutouts.md): RGBA, or RGB on a background."""
-        photo, *_, clean = self.segment(photo)
+        photo, _, _, clean = self.segment(photo)
         threshold, names = self.threshold, self.config["class_names"]
         scale = min(1, 96 / max(photo.size))
         size = tuple(max(1, round(n * scale)) for n in photo.size[::-1])
         image = torch.from_numpy(data.resize(photo, size)).permute(2, 0, 1) / 255
         foreground = clean[0] if len(clean) == 1 else 1 - clean[0]  # of several, all but class 0
         p = torch.from_numpy(data.resize(foreground, size))[None]
-        pets = [n for n in names[1:] if n != "border"] in (["pet"], ["cat", "dog"])
-        if pets and self.config["border"] in ("foreground", "class"):
+        is_pet = [n for n in names[1:] if n != "border"] in (["pet"], ["cat", "dog"])
+        if is_pet and self.config["border"] in ("foreground", "class"):
             # the network has learned to keep a trimap's border: erode, from its rim to its middle
             p, threshold = -F.max_pool2d(-p, 5, 1, 2), 0.65 * threshold
         a, b = layers.guided_filter(image, p, radius=2).split((3, 1))
@@ -506,8 +506,8 @@ def weighted_mean(image, weight, radius):
 
 DIVERGED = "{} in epoch {} of {}; begin anew with a lower --lr, --grad-clip 1, or --precision fp32"
 
-def finish_epoch(folder, run, config, lr, val_loss, val_confusion):
-    """Adds the row of an epoch to the history and logs it; returns whether it is the best yet."""
+def record_epoch(folder, run, config, lr, val_loss, val_confusion):
+    """Adds an epoch to the history and logs it, or ends a diverged run; returns if it is best."""
     loss, n, dice, iou = run.sums.tolist()
     if not (n and math.isfinite(val_loss)):
         raise UserError(DIVERGED.format("the loss is not finite", run.epoch, folder))
@@ -542,11 +542,11 @@ def draw_samples(path, models, indices):
         target = eval_target(config, labels)
         mask = layers.logits_to_mask(predictor.logits(images), predictor.threshold)
         scores = image_scores(layers.confusion_matrix(mask, target, len(names)), names)
-        for tiles, truth, prediction, score in zip(rows, target.cpu(), mask.cpu(), scores):
-            tiles |= {"ground truth": truth.numpy(), f"{name}: {score:.3f}": prediction.numpy()}
-    data.save_image(data.image_grid([
-        data.panel(data.to_image(split.images[i]), split.names[i], tiles, names, height=160)
-        for i, tiles in zip(indices, rows)], 1 if len(models) > 1 else 2), path)
+        for masks, truth, prediction, score in zip(rows, target.cpu(), mask.cpu(), scores):
+            masks |= {"ground truth": truth.numpy(), f"{name}: {score:.3f}": prediction.numpy()}
+    data.save_image(data.image_grid([  # the photos as the last model sees them
+        data.panel(data.to_image(split.images[i]), split.names[i], masks, names, height=160)
+        for i, masks in zip(indices, rows)], 1 if len(models) > 1 else 2), path)
 
 def catch_signals():
     """From now on SIGINT and SIGTERM are only appended to a list, which the loop reads."""
@@ -576,10 +576,10 @@ def open_run(args, device):
             return folder, resolve_config(vars(args), device), None
 
     last = load_last(folder)
-    old, auto = last["config"], {"data": "auto", "precision": "auto"}  # as settled at the start
+    old, auto = last["config"], {"data": "auto", "precision": "auto"}  # as at the start
     changed = {name: value for name, value in vars(args).items()
                if name in DEFAULTS and value not in (None, old[name], auto.get(name))}
-    for name in changed.keys() - RESUME_OVERRIDES:
+    for name in sorted(changed.keys() - RESUME_OVERRIDES):
         raise UserError(f"{folder} was begun with --{name.replace('_', '-')} {old[name]}, not "
                         f"{changed[name]}; leave it out, or begin a new run with another --name")
     return folder, old | changed, last
@@ -604,7 +604,7 @@ def resolve_config(options, device):
                "lr": 0.02 if config["optimizer"] == "muon" else 0.004}
     return config | {name: value for name, value in fitting.items() if config[name] is None}
 
-def log_start(folder, config, last, device):
+def record_machine(folder, config, last, device):
     """Says what runs where, notes it in the config, and warns where it is not exact."""
     git = subprocess.run("git rev-parse HEAD", shell=True, cwd=Path(__file__).parent, text=True,
                          capture_output=True)
@@ -642,7 +642,7 @@ def load_checkpoint(path, kind="best.pt"):
             if any(p.compress_type or p.external_attr for p in file.infolist()) or file.testzip():
                 raise ValueError("a zip bomb, or a flipped bit")
         content = torch.load(path, map_location="cpu", weights_only=True)
-        if not {"config", {"best.pt": "weights", "last.pt": "ema"}[kind]} <= content.keys():
+        if not {"config", "weights" if kind == "best.pt" else "ema"} <= content.keys():
             raise UserError(f"{path} is not the {kind} of a run, or of an older version of petseg; "
                             "a last.pt: --resume its folder; an old best.pt must be trained again")
         config = content["config"] = DEFAULTS | content["config"]
@@ -717,8 +717,8 @@ def load(path, device="auto", precision="auto", threshold=0.5, tta=True):
 
 # --------------------------------------------------------------------------- eval, infer, compare
 def eval_dataset(args, config):
-    """The dataset that --data and --root name, then noted in `config`, or else that of `config`."""
-    config |= {k: value for k in ("data", "root", "max_pixels") if (value := vars(args)[k])}
+    """The dataset of `config`, in which --data, --root and --max-pixels replace what they name."""
+    config |= {k: vars(args)[k] for k in ("data", "root", "max_pixels") if vars(args)[k]}
     dataset, names = load_dataset(config, args.url), config["class_names"]
     if dataset.class_names != names and not len(dataset.class_names) == len(names) == 2:
         raise UserError(f"{dataset.folder} has the classes {', '.join(dataset.class_names)}, the "
@@ -813,9 +813,9 @@ def infer(args):
     out = Path("-" if args.images == ["-"] and args.out == "predictions" else args.out)
     outputs, background = infer_outputs(args, out), data.read_background(args.background)
     predictor = load(args.ckpt, args.device, args.precision, args.threshold, args.tta)
-    table, classes = out / "predictions.csv", predictor.config["class_names"]
+    table, class_names = out / "predictions.csv", predictor.config["class_names"]
     if args.images:  # of trimaps it is known what their values mean for a pet
-        samples = [data.Sample("", path, "pet" in classes and data.find_ground_truth(path),
+        samples = [data.Sample("", path, "pet" in class_names and data.find_ground_truth(path),
                                data.TRIMAP_TO_LABEL) for path in data.find_images(args.images)
                    if not (out.resolve() in path.resolve().parents  # an output of an earlier infer
                            and data.OUTPUTS.get(path.stem.rpartition("_")[2]) == path.suffix)]
@@ -854,7 +854,7 @@ def infer(args):
 
     result = {"out": str(out), "images": len(names) - len(failed),
               "skipped": len(names) - len(todo), "failed": len(failed)}
-    for name in layers.score_names(classes):
+    for name in layers.score_names(class_names):
         if scores := [float(row[name]) for row in rows.values() if row.get(name, "") != ""]:
             result |= {"scored": len(scores), name: sum(scores) / len(scores)}
     written = data.output_path(out, names[0], outputs[-1]) if len(rows) == len(names) == 1 else out
@@ -873,7 +873,7 @@ def compare(args):
         names, (_, confusion) = config["class_names"], evaluate(*models[run])
         metric, metrics = layers.score_names(names)[0], layers.compute_metrics(confusion, names)
         scores.append(image_scores(confusion, names))
-        compared.add((*names * (len(names) > 2), *models[run][1].names))  # two may have any names
+        compared.add((*(names if len(names) > 2 else ()), *models[run][1].names))
         rows.append({
             "run": run, "model": config["model"], "width": config["width"],
             **layer_table(config)[1], "size": "×".join(map(str, config["size"])),
@@ -882,11 +882,11 @@ def compare(args):
             **{f"{args.split}_{name}": metrics[name] for name in layers.score_names(names)},
             "minutes": sum(row["seconds"] for row in histories[run]) / 60,
             "machine": f"{config['device']}, {config['processes']} × {config['threads']} threads"})
-    if len(compared) > 1:
+    if len(compared) > 1:  # of two classes the names may differ
         raise UserError("these runs do not compare: images or classes differ; maybe --data FOLDER")
     spread, mean = torch.var_mean(torch.stack(scores), dim=0, correction=0)
-    others = torch.tensor([0, 3, 6, 1, 4, 7, 2, 5]) * (len(mean) - 1) // 7  # far apart
-    ids = torch.cat((mean.argsort()[:2], spread.argsort()[-2:], others)).tolist()  # worst, unlike
+    spaced = torch.tensor([0, 3, 6, 1, 4, 7, 2, 5]) * (len(mean) - 1) // 7
+    ids = torch.cat((mean.argsort()[:2], spread.argsort()[-2:], spaced)).tolist()  # worst, unlike
     draw_samples(out / "predictions.png", models, torch.tensor([*dict.fromkeys(ids)][:8]))
     data.draw_curves(out / "curves.png", histories, metric)
     data.write_text(out / "table.md", table := data.format_table(rows))
@@ -905,13 +905,13 @@ def manage_data(args):
             {"split": "errors"} | {s: len(errors[s]) for s in errors},
             *({"split": f"fraction of {name}"} | {s: float(fractions[s][i]) for s in errors}
               for i, name in enumerate(dataset.class_names))]
-    errors = sum(errors.values(), [])
+    failed = sum(errors.values(), [])
     about = {"folder": str(dataset.folder), "layout": dataset.layout}
     print_result(args, "\n".join([": ".join(about.values()), data.format_table(rows), *notes]),
-                 about | {"table": rows, "errors": [*map(str, errors)], "notes": notes})
-    if errors:
-        raise UserError(f"images of {dataset.folder} that cannot be used: {len(errors)}:",
-                        *[error.args[0] for error in errors[:5]], *errors[0].args[1:])
+                 about | {"table": rows, "errors": [*map(str, failed)], "notes": notes})
+    if failed:
+        raise UserError(f"images of {dataset.folder} that cannot be used: {len(failed)}:",
+                        *[error.args[0] for error in failed[:5]], *failed[0].args[1:])
 
 @torch.no_grad()
 def layer_table(config):
@@ -936,8 +936,8 @@ def summary(args):
     config = resolve_config(vars(args), pick_device(args.device))
     rows, total = layer_table(config | {"class_names": ["background", "pet"]})
     about = {name: config[name] for name in ("model", "width", "size")}
-    model = {"layer": args.model, "kind": f"width {config['width']}", "output": rows[-1]["output"]}
-    print_result(args, data.format_table([*rows, model | total]), about | total | {"layers": rows})
+    row = {"layer": args.model, "kind": f"width {config['width']}", "output": rows[-1]["output"]}
+    print_result(args, data.format_table([*rows, row | total]), about | total | {"layers": rows})
 
 @torch.no_grad()
 def export(args):
@@ -1031,6 +1031,7 @@ def explain(error):
 
 def main(args):
     """Runs a subcommand; turns what a user can cause into a message and an exit code."""
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # it may be closed
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # clears away what is half-written
     warnings.showwarning = lambda message, *_: log(f"warning: {message}")

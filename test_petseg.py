@@ -718,7 +718,7 @@ def test_layout_of_the_pets(tmp_path):
     assert pet["val"][1].mask == tmp_path / "annotations" / "trimaps" / "Cat_10.png"
     Image.fromarray(np.uint8([[1, 2, 3]])).save(mask, "png")
     for sample, label in ((pet["val"][2], 1), (species["val"][0], 1), (species["val"][2], 2)):
-        assert data.read_mask(mask, sample.classes).tolist() == [[label, 0, 128 + label]]
+        assert data.read_mask(mask, sample.value_to_label).tolist() == [[label, 0, 128 + label]]
     path.write_text("a\nb")
     assert "what species a is" in outcome(data.scan_dataset, tmp_path, "species")
 
@@ -897,7 +897,7 @@ def test_cityscapes(tmp_path, number, ids):
     dataset = data.scan_dataset(tmp_path, number)
     assert [dataset.class_names[ids.index(i)] for i in (7, 24, 26)] == ["road", "person", "car"]
     [[train], [_]] = dataset.splits.values()
-    labels = data.read_mask(train.mask, train.classes)[0].tolist()
+    labels = data.read_mask(train.mask, train.value_to_label)[0].tolist()
     assert labels == [ids.index(i) if i in ids else 255 for i in range(34)]
 
 def test_check_names_errors_and_what_one_might_not_expect(tmp_path):
@@ -1136,6 +1136,7 @@ def test_the_same_command_goes_on_or_says_finished(halfway, trained, root, tmp_p
     (folder / "train.json").touch()
     before = files(folder)
     assert "it is finished; --epochs prolongs it" in run(*words, "--epochs", 1).stderr
+    run(*words, "--epochs", 1, before=partial(exec, "import sys; sys.stderr = None"))  # 2>&-
     old, new = (json.loads(content["test.json"]) for content in (before, files(folder)))
     assert new == old | {"checkpoint": str(folder / "best.pt")} and "train.json" in files(folder)
     before = files(folder)
