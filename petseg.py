@@ -56,10 +56,10 @@ OPTIONS = {
     "minutes": (None, number(float, 0.01), "instead of --epochs: as many as fit into this time"),
     "batch_size": (None, COUNT, "of all processes together: 16, or 32 on a GPU"),
     "size": (None, image_size, "image size, S or HxW: 128, or 256 on a GPU"),
-    "width": (None, number(int, 8), "channels of the first level: 64 on a GPU, else 16 or 32"),
+    "width": (None, number(int, 8), "channels of the first level: 64 on a GPU, else 16 or 32 (ResNet)"),
     "upsample": ("transpose", ("transpose", "bilinear"), "how the decoder upsamples"),
     "init_from": (None, str, "a best.pt to start from, instead of random weights"),
-    "dropout": (0.0, FRACTION, "at the bottleneck"),
+    "dropout": (0.0, FRACTION, "probability of dropout at the bottleneck"),
     "loss": ("bce_dice", ("bce_dice", "bce", "dice"), "the loss"),
     "optimizer": ("muon", ("muon", "adamw", "adam"), "the optimizer"),
     "lr": (None, AMOUNT, "peak learning rate: 0.02 for muon, else 0.004"),
@@ -70,8 +70,8 @@ OPTIONS = {
     "gamma": (0.99, FRACTION, "factor per epoch, for exponential"),
     "grad_clip": (1.0, AMOUNT, "largest gradient norm, 0 for no limit"),
     "grad_accum": (1, COUNT, "batches per optimizer step"),
-    "ema": (0.99, FRACTION, "decay of the EMA of the weights, 0 for none"),
-    "augment": (None, parse_augment, "none, flip, full, strong, or as in full,rotate=15,vflip=0.5"),
+    "ema": (0.99, FRACTION, "decay of the moving average (EMA) of the weights, 0 for none"),
+    "augment": (None, parse_augment, "none, flip, full, strong (from 100 epochs), full,rotate=15"),
     "augment_prob": (1.0, FRACTION, "probability that an image is augmented"),
     "progressive": (0.85, FRACTION, "fraction of the epochs that train on smaller images"),
     "repeat": (1, COUNT, "times that an image appears in an epoch"),
@@ -94,11 +94,11 @@ OTHER_OPTIONS = {
     "out": (None, str, "where the results go"),
     "ckpt": (Path(__file__).parent / "weights/unet.pt", Path, "a best.pt, or the run's folder"),
     "threshold": (0.5, FRACTION, "foreground from this probability on (two classes; cut-outs)"),
-    "tta": (True, bool, "test-time augmentation: average over flipped and rescaled views"),
+    "tta": (True, bool, "test-time augmentation, the default: averages flipped, rescaled views"),
     "device": ("auto", ("auto", "cpu", "cuda"), "where to compute"),
     "url": ("https://www.robots.ox.ac.uk/~vgg/data/pets/data/", str, "a mirror of the pets"),
     "split": ("test", ("train", "val", "test"), "the split to score"),
-    "save": (None, str, "some of mask,overlay,cutout,panel"),
+    "save": (None, str, "some of mask,overlay,cutout,panel; by default the first three"),
     "background": (None, str, "of cut-outs: a colour such as white or #ff8800, an image, or blur"),
     "crop": (False, bool, "crop cut-outs to the animal, with a margin"),
     "skip_existing": (False, bool, "leave out images whose results are there already"),
@@ -116,7 +116,7 @@ def command_line():
             usual, kind, help = (OPTIONS | OTHER_OPTIONS)[option]
             default = defaults.get(option, None if option in OPTIONS else usual)
             shown = default or (usual if name == "train" else None)
-            help += f" ({shown})" if shown else ""
+            help += f" ({shown})" if shown is not None and kind is not bool else ""
             how = ({"action": argparse.BooleanOptionalAction} if kind is bool else
                    {"choices": kind} if isinstance(kind, tuple) else {"type": kind})
             sub.add_argument(f"--{option.replace('_', '-')}", default=default, help=help, **how)
