@@ -151,8 +151,7 @@ def augment(images, labels, rng, size=None, p=1.0, flip=0.0, vflip=0.0, rotate=0
 
     if cutmix:  # https://arxiv.org/abs/1905.04899, with the image before it in the batch
         inside = cutmix_mask(batch, *images.shape[2:], cutmix * applied, rng).to(images.device)
-        images = torch.where(inside, images.roll(1, dims=0), images)
-        labels = torch.where(inside, labels.roll(1, dims=0), labels)
+        images, labels = (torch.where(inside, x.roll(1, dims=0), x) for x in (images, labels))
     return images, labels.squeeze(1).to(torch.uint8)
 
 def cutmix_mask(batch, height, width, p, rng):
@@ -315,10 +314,9 @@ def format_value(value):
 
 def describe_values(values, where=slice(None)):
     """The most frequent values of a mask, with their fractions of its pixels."""
-    levels, counts = np.unique(values[where], return_counts=True)
-    order = np.argsort(-counts, kind="stable")
-    return ", ".join(f"{format_value(levels[i])} ({counts[i] / values.size:.2%})"
-                     for i in order[:9]) + (" …" if len(order) > 9 else "")
+    counts = Counter(dict(zip(*np.unique(values[where], return_counts=True))))
+    return ", ".join(f"{format_value(value)} ({n / values.size:.2%})"
+                     for value, n in counts.most_common(9)) + (" …" if len(counts) > 9 else "")
 
 def read_pair(sample, size):
     """A photo and its labels at `size`: uint8 (H, W, 3) and (H, W)."""
@@ -332,7 +330,9 @@ def read_sample(sample):
             labels = read_mask(sample.mask, sample.value_to_label)
             return read_image(sample.image, mask_size=labels.shape), labels
         except UserError as error:
+            photo = read_image(sample.image)  # where it is damaged too, only that is said
             warnings.warn(str(error))
+            return photo, None
     return read_image(sample.image), None
 
 def resize(array, size, resample="BILINEAR"):
@@ -578,8 +578,7 @@ def get_pets(root, url, archives=PETS_MD5, retry_delays=(1, 2, 4, 8, 16)):
             continue
         folder.mkdir(parents=True, exist_ok=True)
         download(f"{url.rstrip('/')}/{name}", archive, retry_delays)
-        content_md5 = hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest()
-        if content_md5 != md5:
+        if hashlib.md5(archive.read_bytes(), usedforsecurity=False).hexdigest() != md5:
             archive.unlink()
             raise DownloadError(f"{archive} with a wrong checksum is deleted; try again, or --url")
         with atomic_path(content) as new, tarfile.open(archive) as tar:
@@ -1001,8 +1000,9 @@ def texture(rng, size, width, height):
     one, two = rng.uniform(30, 250, (2, 3))
     return one + (two - one) * noise
 
-def draw_toy(rng, breed):
-    """One toy pet: its photo (an RGB image) and its trimap (1 pet, 2 background, 3 border)."""
+def draw_toy(number):
+    """A toy pet: its breed, photo (an RGB image) and trimap (1 pet, 2 background, 3 border)."""
+    rng, breed = np.random.default_rng((0, number)), [*COATS][number % len(COATS)]
     height, width = size = rng.integers(150, 231, 2).tolist()
     photo = texture(rng, size, *rng.choice([2, 7, 30], 2))
     for pet in [False] * rng.integers(3, 8) + [True]:  # things, and last the pet
@@ -1020,21 +1020,20 @@ def draw_toy(rng, breed):
         photo += (texture(rng, size, *blobs) - photo) * alpha
     near = np.asarray(to_image(alpha[..., 0] > 0.5).filter(ImageFilter.BoxBlur(2)))
     trimap = np.where(near > 240, 1, np.where(near < 15, 2, 3)).astype(np.uint8)
-    return to_image(photo.clip(0, 255).astype(np.uint8)), to_image(trimap)
+    return breed, to_image(photo.clip(0, 255).astype(np.uint8)), to_image(trimap)
 
-def make_toys(root, seed=0, trainval=400, test=100):
+def make_toys(root, trainval=400, test=100):
     """Draws the toy pets in exactly the pets' layout; returns their folder."""
-    folder, total, breeds, lines = Path(root) / TOYS, trainval + test, list(COATS), []
-    toys = parallel_map(lambda i: draw_toy(np.random.default_rng((seed, i)),
-                                           breeds[i % len(breeds)]), range(total))
+    folder, total, lines = Path(root) / TOYS, trainval + test, []
+    toys = progress(parallel_map(draw_toy, range(total)), "draw toy pets", total)
     with atomic_path(folder) as new:
         (new / "images").mkdir(parents=True)
         (new / "annotations" / "trimaps").mkdir(parents=True)
-        for i, (image, trimap) in enumerate(progress(toys, "draw toy pets", total)):
-            name = f"{breeds[i % len(breeds)]}_{i // len(breeds) + 1}"
+        for i, (breed, image, trimap) in enumerate(toys):
+            name = f"{breed}_{i // len(COATS) + 1}"
             image.save(new / "images" / f"{name}.jpg", quality=90)
             trimap.save(new / "annotations" / "trimaps" / f"{name}.png")
-            lines.append(f"{name} {i % len(breeds) + 1} {1 if name[0].isupper() else 2} 1\n")
+            lines.append(f"{name} {i % len(COATS) + 1} {1 if breed[0].isupper() else 2} 1\n")
         (new / "annotations" / "trainval.txt").write_text("".join(sorted(lines[:trainval])))
         (new / "annotations" / "test.txt").write_text("".join(lines[trainval:]))
     return folder

@@ -149,9 +149,8 @@ class UNet(EncoderDecoder):
 
 def residual_stage(in_channels, out_channels, blocks, stride):
     """`blocks` BasicBlocks in a row; the first one changes resolution and channels."""
-    first = BasicBlock(in_channels, out_channels, stride)
-    others = [BasicBlock(out_channels, out_channels) for _ in range(blocks - 1)]
-    return nn.Sequential(first, *others)
+    return nn.Sequential(BasicBlock(in_channels, out_channels, stride),
+                         *(BasicBlock(out_channels, out_channels) for _ in range(blocks - 1)))
 
 class ResNet34UNet(EncoderDecoder):
     """ResNet-34 without its classifier (He, Zhang, Ren, Sun 2015, https://arxiv.org/abs/1512.03385,
@@ -290,6 +289,11 @@ def compute_metrics(confusion, class_names):
     mean_dice, mean_iou = (x[present].mean().nan_to_num().item() for x in (dice, iou))
     return {"mean_dice": mean_dice, "mean_iou": mean_iou, **metrics, "classes": rows}
 
+def image_scores(confusion, class_names):
+    """The main metric of each image alone."""
+    metric = score_names(class_names)[0]
+    return torch.tensor([compute_metrics(c[None], class_names)[metric] for c in confusion])
+
 # ------------------------------------------------------------------ EMA and learning-rate schedules
 @torch.no_grad()
 def update_ema(ema_model, model, decay, step):
@@ -417,15 +421,11 @@ def make_optimizers(model, config):
                               weight_decay=0.0)]
 
 # ---------------------------------------------------------------------------------- guided filter
-def band_matrix(n, radius):
-    """(n, n): row i averages the pixels up to `radius` away from pixel i."""
-    i = torch.arange(n)
-    inside = ((i[:, None] - i).abs() <= radius).float()
-    return inside / inside.sum(dim=1, keepdim=True)
-
 def box_mean(x, radius):
     """Means of (C, H, W) over windows of 2 · radius + 1 pixels each way, fewer at the borders."""
-    return band_matrix(x.shape[1], radius) @ x @ band_matrix(x.shape[2], radius).T
+    for _ in range(2):  # along columns, then along rows
+        x = F.avg_pool1d(x.mT, 2 * radius + 1, 1, radius, count_include_pad=False)
+    return x
 
 def guided_filter(image, p, radius, eps=1e-4):
     """Guided image filtering (He, Sun, Tang 2010, https://doi.org/10.1007/978-3-642-15549-9_1) of a

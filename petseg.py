@@ -56,7 +56,7 @@ OPTIONS = {
     "minutes": (None, number(float, 0.01), "instead of --epochs: as many as fit into this time"),
     "batch_size": (None, COUNT, "of all processes together: 16, or 32 on a GPU"),
     "size": (None, image_size, "image size, S or HxW: 128, or 256 on a GPU"),
-    "width": (None, number(int, 8), "channels of the first level: 64 on a GPU, else 16 or 32 (ResNet)"),
+    "width": (None, number(int, 8), "first level's channels: 64 on a GPU, else 16 or 32 (ResNet)"),
     "upsample": ("transpose", ("transpose", "bilinear"), "how the decoder upsamples"),
     "init_from": (None, str, "a best.pt to start from, instead of random weights"),
     "dropout": (0.0, FRACTION, "probability of dropout at the bottleneck"),
@@ -238,8 +238,7 @@ def train(args):
         test_set = data.open_split(dataset, final, config["size"], config["root"])  # decode it now
         epochs = epochs_in_minutes(config, model, train_set, val_set, len(test_set.names))
         config |= resolve_config(vars(args) | {"epochs": epochs}, device)
-    ema_model = copy.deepcopy(model) if config["ema"] else model
-    optimizers = layers.make_optimizers(model, config)
+    ema_model, optimizers = copy.deepcopy(model), layers.make_optimizers(model, config)
 
     run = argparse.Namespace(  # where it stands
         epoch=1, step=0, seconds=0.0, history=[], val_scores=[], train_images=train_set.names,
@@ -285,9 +284,7 @@ def train(args):
                                          run.epoch, step, class_weights)
             run.sums += sums
             run.confusion += confusion
-            if config["ema"]:
-                layers.update_ema(ema_model, model, config["ema"],
-                                  (run.epoch - 1) * len(steps) + step)
+            layers.update_ema(ema_model, model, config["ema"], (run.epoch - 1) * len(steps) + step)
             run.seconds = time.monotonic() - start
 
         predictor = Predictor(ema_model, config, tta=False)  # 1.8 s for the pets' val; with TTA 7
@@ -356,6 +353,7 @@ def epochs_in_minutes(config, model, train_set, val_set, n_test):
     def duration(epochs):
         sizes = [layers.train_image_size(config | {"epochs": epochs}, e + 1) for e in range(epochs)]
         return sum(steps * step_time[size] + val_time for size in sizes) + n_test * image_time
+
     left = 60 * config["minutes"] - (time.monotonic() - start)
     epochs = max(1, bisect.bisect(range(1, 10_001), left, key=duration))  # the most that fit
     epochs = int(all_reduce(torch.tensor(epochs), dist.ReduceOp.MIN))
@@ -380,9 +378,11 @@ def pick_device(name):
 
 def pick_precision(name, device):
     """The precision, bf16 or fp32; auto is bfloat16 where the hardware multiplies it faster."""
+    if name not in (None, "auto"):
+        return name
     fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else
             torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return ("bf16" if fast else "fp32") if name in (None, "auto") else name
+    return "bf16" if fast else "fp32"
 
 def load_dataset(config, url):
     """The dataset of a config."""
@@ -394,8 +394,7 @@ def load_dataset(config, url):
 def class_frequencies(dataset, split, config):
     """The fraction of each class in a split's pixels, borders counted as in scores; logs them."""
     names = config["class_names"]
-    pixels = sum(np.bincount(split.labels[i:i + 16].ravel(), minlength=256)
-                 for i in range(0, len(split.names), 16))
+    pixels = sum(np.bincount(labels.ravel(), minlength=256) for labels in split.labels)
     target = eval_target(config, torch.arange(256, dtype=torch.uint8))  # by label
     counts = torch.bincount(target, torch.from_numpy(pixels).double())[:len(names)]
     frequencies = counts / counts.sum().clamp(min=1)
@@ -528,11 +527,6 @@ def record_epoch(folder, run, config, lr, val_loss, val_confusion):
         f"{' *' if best else ''}  {run.seconds:.0f} s  {n / run.seconds:.0f} images/s")
     return best
 
-def image_scores(confusion, class_names):
-    """The main metric of each image alone."""
-    metric = layers.score_names(class_names)[0]
-    return torch.tensor([layers.compute_metrics(c[None], class_names)[metric] for c in confusion])
-
 def draw_samples(path, models, indices):
     """A grid of photo | ground truth | prediction of each model, {name: (predictor, split)}."""
     rows = [{} for _ in indices]
@@ -541,7 +535,7 @@ def draw_samples(path, models, indices):
         images, labels = data.get_batch(split, indices, predictor.device)
         target = eval_target(config, labels)
         mask = layers.logits_to_mask(predictor.logits(images), predictor.threshold)
-        scores = image_scores(layers.confusion_matrix(mask, target, len(names)), names)
+        scores = layers.image_scores(layers.confusion_matrix(mask, target, len(names)), names)
         for masks, truth, prediction, score in zip(rows, target.cpu(), mask.cpu(), scores):
             masks |= {"ground truth": truth.numpy(), f"{name}: {score:.3f}": prediction.numpy()}
     data.save_image(data.image_grid([  # the photos as the last model sees them
@@ -752,7 +746,7 @@ def score_split(args):
     prefix = Path(args.out or (run if usual else Path("evaluation", stamp)), args.split)
     if RANK == 0:
         draw_samples(f"{prefix}-worst.png", {"prediction": (predictor, split)},
-                     image_scores(confusion, names).argsort(stable=True)[:12])
+                     layers.image_scores(confusion, names).argsort(stable=True)[:12])
         data.write_text(f"{prefix}.json", json.dumps(result, indent=2))
         if rows:
             data.write_csv(f"{prefix}-{kind}.csv", rows)
@@ -808,28 +802,31 @@ def infer_outputs(args, out):
                         f"stdout nothing else; as in {PROGRAM} infer cat.jpg --out cat.png")
     return outputs
 
+def infer_samples(args, out, config):
+    """What `infer` segments, {name of its outputs: sample}: images, or else the test split."""
+    if args.images:  # of trimaps it is known what their values mean for a pet
+        has_pets = "pet" in config["class_names"]
+        samples = [data.Sample("", path, has_pets and data.find_ground_truth(path),
+                               data.TRIMAP_TO_LABEL) for path in data.find_images(args.images)
+                   if not (out.resolve() in path.resolve().parents  # an output of an earlier infer
+                           and data.OUTPUTS.get(path.stem.rpartition("_")[2]) == path.suffix)]
+    else:
+        samples = data.get_samples(eval_dataset(args, config), "test")
+    names = data.unique_names([sample.image.stem for sample in samples])
+    return {name: sample._replace(name=name) for name, sample in zip(names, samples)}
+
 def infer(args):
     """Segments images and writes what --save names: into a folder, with a table, or one file."""
     out = Path("-" if args.images == ["-"] and args.out == "predictions" else args.out)
     outputs, background = infer_outputs(args, out), data.read_background(args.background)
     predictor = load(args.ckpt, args.device, args.precision, args.threshold, args.tta)
-    table, class_names = out / "predictions.csv", predictor.config["class_names"]
-    if args.images:  # of trimaps it is known what their values mean for a pet
-        samples = [data.Sample("", path, "pet" in class_names and data.find_ground_truth(path),
-                               data.TRIMAP_TO_LABEL) for path in data.find_images(args.images)
-                   if not (out.resolve() in path.resolve().parents  # an output of an earlier infer
-                           and data.OUTPUTS.get(path.stem.rpartition("_")[2]) == path.suffix)]
-    else:
-        samples = data.get_samples(eval_dataset(args, predictor.config), "test")
-    names = data.unique_names([sample.image.stem for sample in samples])
-    samples = [sample._replace(name=name) for sample, name in zip(samples, names)]
+    samples, table = infer_samples(args, out, predictor.config), out / "predictions.csv"
     old = data.read_predictions(table) if args.skip_existing and table.is_file() else {}
-    rows = {s.name: old[s.name] for s in samples if s.name in old
-            and old[s.name]["file"] == data.escape_nonprintable(str(s.image))
-            and all(data.output_path(out, s.name, output).is_file() for output in outputs)}
-    todo = [s for s in samples if s.name not in rows]
-    for sample in todo:
-        old.pop(sample.name, None)
+    rows = {name: old[name] for name, sample in samples.items() if name in old
+            and old[name]["file"] == data.escape_nonprintable(str(sample.image))
+            and all(data.output_path(out, name, output).is_file() for output in outputs)}
+    todo = [sample for name, sample in samples.items() if name not in rows]
+    old = {name: row for name, row in old.items() if name in rows or name not in samples}
     if table.is_file():  # the files of `todo` change from now on, and a kill may come
         data.write_csv(table, old.values())
 
@@ -852,16 +849,17 @@ def infer(args):
         if rows and not data.is_file_name(out):
             data.write_csv(table, (old | rows).values())
 
-    result = {"out": str(out), "images": len(names) - len(failed),
-              "skipped": len(names) - len(todo), "failed": len(failed)}
-    for name in layers.score_names(class_names):
+    result = {"out": str(out), "images": len(samples) - len(failed),
+              "skipped": len(samples) - len(todo), "failed": len(failed)}
+    for name in layers.score_names(predictor.config["class_names"]):
         if scores := [float(row[name]) for row in rows.values() if row.get(name, "") != ""]:
             result |= {"scored": len(scores), name: sum(scores) / len(scores)}
-    written = data.output_path(out, names[0], outputs[-1]) if len(rows) == len(names) == 1 else out
+    single = len(samples) == len(rows) == 1
+    written = data.output_path(out, next(iter(rows)), outputs[-1]) if single else out
     if str(out) != "-":
         print_result(args, f"{data.format_table([result])}\n{written}", result | {"failed": failed})
     if failed:
-        raise UserError(f"images could not be read: {len(failed)} of {len(names)}:", *failed[:5])
+        raise UserError(f"images could not be read: {len(failed)} of {len(samples)}:", *failed[:5])
 
 def compare(args):
     """Scores runs on the same split; draws their curves, the same images by each, and a table."""
@@ -872,7 +870,7 @@ def compare(args):
         config, histories[run] = last["config"], last["history"]
         names, (_, confusion) = config["class_names"], evaluate(*models[run])
         metric, metrics = layers.score_names(names)[0], layers.compute_metrics(confusion, names)
-        scores.append(image_scores(confusion, names))
+        scores.append(layers.image_scores(confusion, names))
         compared.add((*(names if len(names) > 2 else ()), *models[run][1].names))
         rows.append({
             "run": run, "model": config["model"], "width": config["width"],
