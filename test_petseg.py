@@ -53,9 +53,9 @@ TINY = ("--data", "toy", "--size", 32, "--width", 8)
 CONFIG = petseg.resolve_config(  # of a tiny model
     {"model": "unet", "width": 8, "size": (32, 32), "epochs": 1, "batch_size": 4, "augment": {},
      "precision": "fp32"}, torch.device("cpu")) | {"class_names": TWO}
-# a process that has imported torch makes copies of itself: a command then starts two seconds sooner
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["test_petseg"])
+FORKS.set_forkserver_preload(["test_petseg"])  # its copies have imported torch: two seconds sooner
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
 
 def nothing(*_):
     """Does nothing."""
@@ -70,7 +70,7 @@ def be_program(words, before, peak, *streams):
     try:
         runpy.run_path(str(PROGRAM), run_name="__main__")
     finally:
-        peak.write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+        peak.write_text(str(RSS_UNIT * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
 
 @contextmanager
 def start(*words, before=nothing):
@@ -600,7 +600,7 @@ def test_fuzz(tmp_path, monkeypatch):
             assert str(path) in result if isinstance(result, str) else np.asarray(result).size
             read += not isinstance(result, str)
     assert 0 < read < 3 * FUZZ
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss <= max(memory, 2e9 / 1024)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss <= max(memory, 2e9 / RSS_UNIT)
 
 @pytest.mark.parametrize("values, mode, kind, quality", [
     *((x, mode, "PNG", 0) for x in (DISC, BLURRED) for mode in ("L", "LA", "RGB")),
@@ -1555,7 +1555,7 @@ def test_infer_leaves_out_its_own_outputs_and_holds_few_bytes_a_pixel(trained, t
     for name, size in ("photo.png", 40), ("a_mask.png", 4000):
         Image.linear_gradient("L").resize((size, size)).convert("RGB").save(tmp_path / name)
         peaks.append(int(run(*words, tmp_path / "out").peak))
-    assert (peaks[1] - peaks[0]) * (1 if sys.platform == "darwin" else 1024) < 30 * 4000 * 4000
+    assert peaks[1] - peaks[0] < 30 * 4000 * 4000
     for out, images in ("out", 1), ("more", 4):  # elsewhere a name like that may be a photo's
         done = run(*words, tmp_path / out, "--max-pixels", 15_999_999, "--json", code=2)
         assert json.loads(done.stdout)["images"] == images
@@ -1604,7 +1604,7 @@ def test_summary_and_bench(root):
         assert (table["parameters"], table["multiply_adds"]) == (parameters, products)
     for words in (), ("--baseline",):
         result = answer("bench", "unet", "--root", root, *TINY, "--batch-size", 2, *words)
-        assert min(result[name] for name in ("train", "infer", "memory")) > 0
+        assert min(result.values()) > 0 and ("memory" in result or sys.platform == "darwin")
 
 def test_an_exported_model_says_what_its_predictor_says(trained, tmp_path):
     folder, path, notes = trained["resnet34_unet"], tmp_path / "a/b.pt2", {"petseg.json": ""}
@@ -1651,7 +1651,7 @@ def test_hostile_checkpoints_are_refused_at_once(trained, tmp_path):
             load(path)
     assert not (tmp_path / "executed").exists()
     for path in (tmp_path / "5.pt", tmp_path / "bomb.pt"):  # 10¹² numbers in the first
-        assert int(run("infer", "--ckpt", path, tmp_path, code=2).peak) < 5 * 10**5
+        assert int(run("infer", "--ckpt", path, tmp_path, code=2).peak) < 5 * 10**8
     petseg.save_checkpoint(tmp_path / "old.pt", {"petseg": 1, "weights": weights})
     assert "or of an older version" in refused("infer", "--ckpt", tmp_path / "old.pt", tmp_path)
 
