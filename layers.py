@@ -321,8 +321,8 @@ def epoch_progress(config):
     done = [*itertools.accumulate(pixels, initial=0)]
     return [each / done[-1] for each in done]
 
-# A schedule gives the learning rate from the config, the progress of the run in 0..1, and the val
-# scores of the epochs so far; it has no state to be saved.
+# A schedule gives the learning rate from the config, the fraction of the run's pixels that is done
+# (never 0 or 1), and the val scores of the epochs so far; it has no state to be saved.
 def constant(config, progress, val_scores):
     """Always the same."""
     return config["lr"]
