@@ -126,7 +126,7 @@ def augment(images, labels, rng, size=None, p=1.0, flip=0.0, vflip=0.0, rotate=0
 
     # theta maps a pixel of the result to where to look in the image, both in -1..1 each way
     angle, scale = uniform(math.radians(rotate)), torch.exp(uniform(math.log(zoom)))
-    cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale  # zoomed
+    cos, sin = torch.cos(angle) / scale, torch.sin(angle) / scale  # and the zoom
     stretch = torch.exp(uniform(math.log(aspect)))
     flip_x, flip_y = (1 - 2 * (torch.rand(batch, generator=rng) < probability).float() * applied
                       for probability in (flip, vflip))
@@ -830,7 +830,7 @@ def remove_islands(mask):
 def without_islands(probs, threshold):
     """Probabilities (C, h, w) with the foreground's islands and holes corrected."""
     mask = probs[0] >= threshold if len(probs) == 1 else probs.argmax(axis=0) > 0
-    clean, result = remove_islands(mask), probs.copy()  # channel 0 is pet, of several background
+    clean, result = remove_islands(mask), probs.copy()  # channel 0: pet, or of several background
     result[0] = np.where(clean == mask, probs[0], clean if len(probs) == 1 else ~clean)
     return result
 

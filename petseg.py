@@ -235,7 +235,7 @@ def train(args):
         init_from(model, config)
     final = "test" if dataset.splits.get("test") else "val"  # what is scored at the end
     if config["minutes"] and not last:
-        test_set = data.open_split(dataset, final, config["size"], config["root"])  # decode it now
+        test_set = data.open_split(dataset, final, config["size"], config["root"])  # decodes it now
         epochs = epochs_in_minutes(config, model, train_set, val_set, len(test_set.names))
         config |= resolve_config(vars(args) | {"epochs": epochs}, device)
     ema_model, optimizers = copy.deepcopy(model), layers.make_optimizers(model, config)
@@ -395,7 +395,7 @@ def class_frequencies(dataset, split, config):
     """The fraction of each class in a split's pixels, borders counted as in scores; logs them."""
     names = config["class_names"]
     pixels = sum(np.bincount(labels.ravel(), minlength=256) for labels in split.labels)
-    target = eval_target(config, torch.arange(256, dtype=torch.uint8))  # by label
+    target = eval_target(config, torch.arange(256, dtype=torch.uint8))  # label to class
     counts = torch.bincount(target, torch.from_numpy(pixels).double())[:len(names)]
     frequencies = counts / counts.sum().clamp(min=1)
     if absent := [name for name, f in zip(names, frequencies) if not f]:
@@ -570,7 +570,7 @@ def open_run(args, device):
             return folder, resolve_config(vars(args), device), None
 
     last = load_last(folder)
-    old, auto = last["config"], {"data": "auto", "precision": "auto"}  # as at the start
+    old, auto = last["config"], {"data": "auto", "precision": "auto"}  # settled at start
     changed = {name: value for name, value in vars(args).items()
                if name in DEFAULTS and value not in (None, old[name], auto.get(name))}
     for name in sorted(changed.keys() - RESUME_OVERRIDES):
