@@ -190,6 +190,7 @@ def test_he_initialization(model):
             taps = 1 if isinstance(module, nn.ConvTranspose2d) else math.prod(module.kernel_size)
             expected = math.sqrt(2 / (module.in_channels * taps))
             assert module.weight.std().item() == pytest.approx(expected, rel=0.08)
+            assert module.bias is None or not module.bias.any()
         if isinstance(module, layers.BasicBlock):  # starts as its shortcut
             x = torch.randn(2, module.conv1.conv.in_channels, 4, 4)
             assert torch.equal(module(x), F.relu(module.shortcut(x)))
@@ -252,6 +253,7 @@ def test_losses_against_slow_loops_and_at_infinite_logits(classes, weights):
         x = logits.mul(math.inf).requires_grad_()
         loss(x, target).backward()
         assert loss(x, target).isfinite() and x.grad.isfinite().all()
+        assert loss(logits, target * 0 + 255) == 0  # all is ignored
 
 @pytest.mark.parametrize("mode, frequencies, expected", [
     ("none", [0.6, 0.4], [1, 1]), ("inverse", [0.6, 0.4], [0.8, 1.2]), ("auto", [0.8, 0.2], [1, 1]),
@@ -489,8 +491,9 @@ def test_images_and_labels_move_together_and_as_far_as_told(strengths, size):
         high = strengths.get(name, int(name in ("zoom", "aspect")))
         extremes = 1 / high if name in ("zoom", "aspect") else -high, high
         assert [values.min(), values.max()] == pytest.approx(extremes, rel=0.04, abs=0.003)
-    flipped = [(slope < 0).float().mean().item() for slope in (dx_du, dy_dv)]
-    assert flipped == pytest.approx([strengths.get(name, 0) for name in ("flip", "vflip")], abs=0.1)
+    p, q = strengths.get("flip", 0), strengths.get("vflip", 0)
+    flipped = [each.float().mean() for each in (dx_du < 0, dy_dv < 0, (dx_du < 0) & (dy_dv < 0))]
+    assert flipped == pytest.approx([p, q, p * q], abs=0.1)
 
 def test_cutmix_puts_a_box_of_another_image_into_its_fraction():
     labels = torch.arange(60).view(-1, 1, 1).repeat(1, 40, 30).to(torch.uint8)
@@ -587,7 +590,6 @@ def test_fuzz(tmp_path, monkeypatch):
             with suppress(KeyError, OSError, ValueError):  # no such format, or not in this mode
                 noise.convert(mode).save(path, kind)
                 contents.append(path.read_bytes())
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for i in range(FUZZ):
         rng, content = np.random.default_rng((2026, i)), bytearray(contents[i % len(contents)])
         for at in rng.integers(rng.choice((200, len(content))), size=rng.integers(0, 12)):
@@ -600,7 +602,6 @@ def test_fuzz(tmp_path, monkeypatch):
             assert str(path) in result if isinstance(result, str) else np.asarray(result).size
             read += not isinstance(result, str)
     assert 0 < read < 3 * FUZZ
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss <= max(memory, 2e9 / RSS_UNIT)
 
 @pytest.mark.parametrize("values, mode, kind, quality", [
     *((x, mode, "PNG", 0) for x in (DISC, BLURRED) for mode in ("L", "LA", "RGB")),
@@ -704,10 +705,6 @@ def test_random_split_is_fixed_and_kept_and_what_has_no_partner_is_left_out(tmp_
     assert splits["test"] == first.splits["test"] == data.scan_dataset(tmp_path).splits["test"]
     assert re.search(r"(?s)7.png is left out.*7.jpg.*\n1 images.*odd.jpg\n1 masks.*spare.png",
                      "\n".join(str(each.message) for each in warned))
-    for sample in first.splits["test"]:
-        sample.image.unlink()
-    gone = data.scan_dataset(tmp_path, random_split=first.random_split)
-    assert "--split val" in outcome(data.open_split, gone, "test", (32, 32), tmp_path)
 
 def test_layout_of_the_pets(tmp_path):
     _, path, mask = make_files(tmp_path, "annotations/trimaps/a", "annotations/trainval.txt", "a")
@@ -779,27 +776,15 @@ def test_leftovers_of_killed_processes_are_cleared_away_under_the_lock(tmp_path)
             assert [*files(tmp_path)] == ["run/.part-1/last.pt"]  # a run has its own lock
             make_files(tmp_path, new / "half")  # of whoever has the lock
             assert data.take_lock(tmp_path, wait=False) is None and len(files(tmp_path)) == 2
-    data.write_text(tmp_path / "a", "old")
-    with open(tmp_path / "a") as reader:  # a file that is replaced stays as it was for its readers
-        data.write_text(tmp_path / "a", "new")
-        assert reader.read() == "old"
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_parallel_map_keeps_the_order_and_is_lazy(threads):
-    begun, errors = [], {5: data.UserError(), 50: ZeroDivisionError()}  # the first is a result
+def test_parallel_map_keeps_the_order_and_is_lazy():
+    begun = []
     def call(i):
         begun.append(i)
         time.sleep(0.05 * (i == 0))  # the first comes last
-        if i in errors:
-            raise errors[i]
         return i
-    results = data.parallel_map(call, range(100), threads)
-    for i, result in zip(range(50), results):
-        assert result == errors.get(i, i)
-        time.sleep(0.05 * (i == 0))  # time to run ahead
-        assert len(begun) <= i + 1 + 4 * threads
-    with pytest.raises(ZeroDivisionError):
-        next(results)
+    for i, result in enumerate(data.parallel_map(call, range(100), 3)):
+        assert result == i and len(begun) <= i + 1 + 4 * 3
 
 def test_upsample_and_argmax_is_the_argmax_of_upsampled_maps():
     probs = torch.rand(5, 8, 6, generator=data.seeded_generator(0))
@@ -825,8 +810,6 @@ def test_mask_overlay_and_panel():
                  for names in (TWO, ["ground", "one", "two"]))
     assert many.width == one.width and many.height > one.height  # the legend; the photo is first
     assert one.getpixel((20, 40)) == many.getpixel((20, 40)) == (90, 90, 90)
-    grid = np.asarray(data.image_grid([Image.new("RGB", (9, 9), c) for c in (RED, BLUE, RED)]))
-    assert [tuple(grid[y, x]) for y in (8, 25) for x in (8, 25)] == [RED, BLUE, RED, WHITE]
 
 def test_islands_go_and_holes_are_filled():
     rng = np.random.default_rng(0)
@@ -845,9 +828,6 @@ def test_islands_go_and_holes_are_filled():
             for place in sum((r for r in regions if len(r) < part * largest), []):
                 found[place] = not value
         assert np.array_equal(data.remove_islands(mask), found[1:-1, 1:-1])
-    mask = np.ones((600, 600), bool)
-    mask[:30, :30] = mask[300, 300] = False  # the corner is background, the other a hole
-    assert [*np.argwhere(data.remove_islands(mask) != mask).ravel()] == [300, 300]
     probs = rng.random((1, 40, 40), np.float32)
     found, several = data.remove_islands(probs[0] >= 0.7), np.concatenate((1 - probs, probs / 2))
     assert np.array_equal(data.without_islands(probs, 0.7)[0] >= 0.7, found)
@@ -964,6 +944,10 @@ def test_train_and_eval(model, trained, root, tmp_path):
     ema, content = torch.load(folder / "last.pt")["ema"], files(folder)  # after epoch 2
     assert all(torch.equal(w, ema[name].to(w.dtype)) for name, w in weights.items())
     assert content["best.pt"] == content[f"epoch-{best}.pt"]
+    split = data.open_split(data.scan_dataset(root / data.TOYS), "test", (32, 32), tmp_path)
+    worst = layers.image_scores(petseg.evaluate(petseg.load(folder), split)[1], TWO).argmin()
+    worst = data.to_image(split.images[worst]).resize((160, 160), Image.BICUBIC)
+    assert np.array_equal(Image.open(folder / "test-worst.png").crop((8, 28, 168, 188)), worst)
     words = ("--ckpt", folder, "--root", root, "--out")
     val = answer("eval", *words, tmp_path / "val", "--split", "val", "--no-tta")
     assert val["dice"] == pytest.approx(max(scores), abs=4e-3)  # weights in half precision
@@ -1234,15 +1218,16 @@ def test_a_run_that_diverges_stops_with_advice_and_keeps_a_good_checkpoint(optio
         assert all(x.isfinite().all() for key in ("model", "ema") for x in last[key].values())
 
 def test_an_epoch_takes_all_images_in_an_order_of_its_own(root, tmp_path, monkeypatch):
-    orders, heads, saved, ema_steps = {}, set(), [], []
+    orders, heads, saved, ema_steps, rates = {}, set(), [], [], []
     def step(config, model, optimizers, train_set, indices, epoch, step, weights):
         orders.setdefault((config["seed"], epoch), []).append(indices.tolist())
         heads.add(model.head.weight.sum().item())  # as drawn, since no step is made
         muon, adamw = (optimizer.param_groups[0]["lr"] for optimizer in optimizers)
         pet = float((train_set.labels % 128).mean())  # 1 and 129
-        assert adamw == 0.3 * muon > 0
+        assert adamw == 0.3 * muon
+        rates.append(muon)
         assert weights.tolist() == pytest.approx([2 * pet, 2 * (1 - pet)], rel=1e-3)  # inverse
-        return torch.ones(4), torch.zeros(2, 2).long()
+        return torch.tensor([2.0, 4, 3, 1]), torch.zeros(2, 2).long()
     monkeypatch.setattr(petseg, "train_step", step)
     monkeypatch.setattr(petseg, "save_last", lambda folder, run, *_: saved.append(
         (run.epoch, run.step)) or -math.inf)  # the last time was long ago
@@ -1252,8 +1237,15 @@ def test_an_epoch_takes_all_images_in_an_order_of_its_own(root, tmp_path, monkey
     monkeypatch.setattr(sys, "stderr", lost)  # a log that is lost ends no run
     for seed in 0, 1:
         words = ("train", "unet", *TINY, "--root", root, "--out", tmp_path, "--epochs=2", "--seed",
-                 seed, "--repeat=2", "--batch-size=5", "--grad-accum=3", "--class-weights=inverse")
+                 seed, "--repeat=2", "--batch-size=5", "--grad-accum=3", "--class-weights=inverse",
+                 "--size=64x96", "--name", seed)
         petseg.train(petseg.command_line().parse_args([*map(str, words)]))
+        for row in read_rows(tmp_path / f"{seed}" / "metrics.csv"):
+            assert [float(row[f"train_{n}"]) for n in ("loss", "dice", "iou")] == [0.5, 0.75, 0.25]
+    # the first epoch has a fifth of the pixels; the rate warms up for 0.15 of all, then a cosine
+    done = [*np.arange(0.02, 0.2, 0.04), *np.arange(0.28, 1, 0.16)]
+    assert rates == pytest.approx(2 * [0.02 * min(
+        p / 0.15, 0.5 + 0.5 * math.cos(math.pi * (p - 0.15) / 0.85)) for p in done])
     assert all([*map(len, order)] == [15, 15, 15, 15, 12] for order in orders.values())
     epochs = {tuple(sum(order, [])) for order in orders.values()}
     assert {(*sorted(epoch),) for epoch in epochs} == {(*sorted([*range(36)] * 2),)}
@@ -1292,15 +1284,23 @@ def take_step(model, split, config, indices, *args):
     return *result, model.weight.grad, model.bias.grad
 
 @pytest.mark.parametrize("change", [
-    {"loss": "bce"}, {"loss": "dice"}, {"border": "ignore"}, {"border": "background"}, {"seed": 1},
+    {"loss": "bce"}, {"loss": "dice"}, {"border": "ignore"}, {"border": "background"},
     {"border": "random"}, {"augment": {}}, {"augment_prob": 0.5}, {"progressive": 1.0},
-    {"precision": "bf16"}, {"grad_clip": 1e-3}, {"epoch": 2}, {"step": 1}, {"weights": [1.0, 5.0]}])
-def test_a_training_step_heeds_its_options_and_seeds(change):
-    def gradient(epoch=1, step=0, weights=(1.0, 1.0), **config):
+    {"precision": "bf16"}, {"grad_clip": 1e-3}, {"weights": [1.0, 5.0]}])
+def test_a_training_step_heeds_its_options(change):
+    def gradient(weights=(1.0, 1.0), **config):
         config = {"augment": {"shift": 0.9, "flip": 0.5}} | config
-        return take_step(*model_and_split(0, 1, 129, 255), config, range(8), epoch, step,
+        return take_step(*model_and_split(0, 1, 129, 255), config, range(8), 1, 0,
                          torch.tensor(weights))[2]
     assert torch.equal(gradient(), gradient()) and not torch.equal(gradient(), gradient(**change))
+
+def test_each_seed_epoch_step_and_micro_step_draws_its_own_numbers():
+    (model, split), draws = model_and_split(0, 1, 0, 1), []
+    split = split._replace(images=split.images[[0] * 9])  # all the same
+    model.register_forward_pre_hook(lambda _, x: draws.append((x[0].sum().item(), *torch.rand(1))))
+    for seed, *when in (0, 1, 0), (1, 1, 0), (0, 2, 0), (0, 1, 1):
+        take_step(model, split, {"augment": {"shift": 0.9}, "seed": seed}, range(8), *when)
+    assert [len({*map(float, each)}) for each in zip(*draws)] == [8, 8]  # two micro-steps each
 
 def test_a_step_with_infinite_gradients_is_skipped(monkeypatch):
     model, split = model_and_split(0, 1, 0, 1)
@@ -1331,9 +1331,12 @@ def test_two_processes_find_the_gradients_and_scores_of_one(tmp_path):
     # in batches of 3, 3 and 1: the last has none for the second process
     model, split = model_and_split(0, 1, 0, 1)
     images, labels = data.get_batch(split, [8, 1, 7, 2, 6, 3, 5])
-    masks = model(data.normalize(images)) >= 0
-    dice, iou = np.sum([slow_metrics(*pair, 1)[3:] for pair in zip(masks, labels)], axis=0)
-    assert one[0][1:].tolist() == pytest.approx([7, dice, iou], rel=1e-3) and one[2].any()
+    logits = model(data.normalize(images))
+    dice, iou = np.sum([slow_metrics(*pair, 1)[3:] for pair in zip(logits >= 0, labels)], axis=0)
+    loss = layers.bce_dice_loss(logits, labels)  # of all as one batch
+    loss.backward()
+    assert one[0].tolist() == pytest.approx([7 * loss.item(), 7, dice, iou], rel=1e-3)
+    torch.testing.assert_close(one[2], model.weight.grad.numpy(), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(two, [one, one], rtol=1e-5, atol=1e-5)
 
 def run_by_two(*words, between=nothing, code=0):
@@ -1479,8 +1482,6 @@ def test_profiles_go_along_where_they_fit(tmp_path):
     photo = Image.new("RGB", (9, 9))
     for photo.info in {"alpha": "A", "icc_profile": "text"}, {"alpha": Image.new("L", (9, 8))}:
         assert data.to_photo(photo).info == {"icc_profile": b"", "alpha": None}  # a PNG's; cropped
-    Image.new("L", (16_384, 1)).save(tmp_path / "wide.png")
-    assert "16,383" in refused("infer", tmp_path / "wide.png", "--out", tmp_path / "d.webp")
 
 def test_infer_is_stopped_and_does_the_rest(trained, toys, tmp_path):
     photos, out = tmp_path / "photos", tmp_path / "out"
@@ -1533,7 +1534,6 @@ def test_from_python(trained, toys, tmp_path):
     for name in ("mask", "cutout"):
         written = Image.open(tmp_path / f"{path.stem}_{name}.png")
         assert np.array_equal(getattr(predictor, name)(photo), written)
-    assert predictor.cutout(photo, "lime").mode == "RGB"
     words = [sys.executable, "-c", "import petseg"]
     assert subprocess.check_output(words, stderr=subprocess.STDOUT, cwd=tmp_path) == b""
 
