@@ -1079,7 +1079,7 @@ def test_options_name_what_there_is_and_long_runs_augment_more():
                          (petseg.OPTIONS["schedule"][1], layers.SCHEDULES)):
         assert {*names} == {*table}
 
-def test_minutes_settle_the_epochs_and_progress_says_what_is_left(root, tmp_path, monkeypatch, capsys):
+def test_minutes_settle_epochs_and_progress_says_what_is_left(root, tmp_path, monkeypatch, capsys):
     words = ("train", "unet", *TINY, "--root", root, "--out", tmp_path, "--name")
     said = run(*words, "a", "--minutes", 0.05).stderr
     run(*words, "b", "--epochs", re.search(r"--epochs (\d+): about", said)[1])
