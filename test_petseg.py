@@ -954,7 +954,6 @@ def test_train_and_eval(model, trained, root, tmp_path):
     again, out = answer("eval", *words, tmp_path / "eval"), tmp_path / "eval"
     assert again == result | {"checkpoint": str(folder), "out": str(out)} and len(files(out)) == 4
     assert result["images"] == sum(breed["images"] for breed in again["breeds"]) == 10
-    assert [breed["breed"] for breed in again["breeds"]] == sorted(data.COATS)
     new = answer("infer", *words, tmp_path / "infer", "--threshold", 1)  # no pixel is so sure
     assert [new["images"], new["dice"], len([*tmp_path.glob("infer/*_panel.jpg")])] == [10, 0, 10]
 
@@ -1029,8 +1028,9 @@ def test_own_data_from_training_to_masks(kind, options, tmp_path):
     if kind != "Cityscapes":  # its test split has no labels
         scores = answer("infer", *words, tmp_path / "test", **where)
         assert scores["dice" if len(names) == 2 else "mean_dice"] > 0.4
-    done = run("infer", *words, tmp_path / "one", folder / OWN_DATA[kind][0].format(0, "train"))
-    assert "warning" not in done.stderr
+    run("infer", *words, tmp_path / "one", folder / OWN_DATA[kind][0].format(0, "train"))
+    if kind == "R G B":  # the weights that come with the program are of two classes
+        assert "classes ground, car, tree, the model" in refused("eval", "--data", folder)
     [row] = read_rows(tmp_path / "one" / "predictions.csv")
     mask = Image.open(tmp_path / "one" / f"{row['output']}_mask.png")
     assert (mask.size, mask.mode) == ((40, 32), "L" if len(names) == 2 else "P")
@@ -1411,7 +1411,6 @@ def test_infer_takes_images_of_any_kind_and_names_the_broken(trained, pets, tmp_
     assert done.stderr.count(cut.name) == 1
     assert all(re.search(f"\n  .*{name}: ", done.stderr) for name in ("cut.jpg", "n.jpg", "ng.png"))
     assert all(re.search(f"warning: .*{sample.name}", done.stderr) for sample in damaged)
-    assert result["scored"] == 1
     names = ["-dash", "-dash-2", "Cat", "cat-2", "a b", r"two\nlines", r"\udcff", 200 * "x",
              200 * "x" + "-2"]
     sizes = {path.stem: Image.open(path).size for path in photos} | dict.fromkeys(names, (300, 7))
@@ -1523,6 +1522,8 @@ def test_a_cutout_has_soft_edges_without_the_colour_behind(trained):
         alpha = cut[..., 3] / 255
         assert cut.shape == (*size, 4) and np.abs(alpha - inside).mean() < 0.02
         assert predictor(result).shape == (size if len(probs) == 1 else (len(probs), *size))
+        tint = np.abs(np.int16(predictor.overlay(result)) - photo).max(axis=2)
+        assert tint[95:105, 145:155].min() > 20 > 0 == tint[:15].max()  # the middle, the background
         soft = (alpha > 0.3) & (alpha < 0.7)
         assert soft.sum() > 50 and (cut[soft, 0] - photo[soft, 0]).mean() > 20  # more red
         assert np.array_equal(cut[alpha == 1, :3], photo[alpha == 1]) and not cut[alpha == 0].any()
@@ -1586,7 +1587,6 @@ def test_compare_keeps_runs_apart(trained, tmp_path):
         assert row["run"] == folder.name and min(row["parameters"], row["multiply_adds"]) > 1000
         rows = read_rows(folder / "metrics.csv")
         assert row["best_val_dice"] == max(float(epoch["val_dice"]) for epoch in rows)
-    assert sorted(files(tmp_path / "a")) == ["curves.png", "predictions.png", "table.md"]
 
 def test_without_the_pets_auto_takes_the_toys(toys, tmp_path):
     shutil.copytree(toys, tmp_path / data.TOYS)
